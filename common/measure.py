@@ -1,0 +1,87 @@
+"""Size and speed of a network. Nothing here changes the model it is given."""
+
+import contextlib
+import copy
+import io
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import thop
+import torch
+import torchsummary
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.train import save_model
+
+IMAGE = (3, 32, 32)
+
+
+def params(model: nn.Module) -> int:
+    """Number of parameters, trained or fixed (buffers such as running statistics are not parameters)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _copy(model):
+    """An eval-mode copy on the CPU: thop leaves buffers behind, torchsummary runs hooks and needs the CPU."""
+    return copy.deepcopy(model).cpu().eval()
+
+
+@torch.no_grad()
+def macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one forward pass of one image: torch's FLOP count divided by 2."""
+    with FlopCounterMode(display=False) as counter:
+        _copy(model)(torch.zeros(1, *IMAGE))
+    return counter.get_total_flops() // 2
+
+
+def thop_macs(model: nn.Module) -> int:
+    """The count of the thop package, which adds BatchNorm and pooling and misses functional convolutions."""
+    return int(thop.profile(_copy(model), (torch.zeros(1, *IMAGE),), verbose=False)[0])
+
+
+def summary(model: nn.Module) -> str:
+    """torchsummary's table of layers, output shapes and parameters (modules used twice are counted twice)."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        torchsummary.summary(_copy(model), IMAGE, device="cpu")
+    return text.getvalue()
+
+
+@torch.no_grad()
+def latency(model: nn.Module, batch_size: int = 1, repeats: int = 50, warmup: int = 5, threads: int | None = None) -> dict:
+    """Milliseconds of a forward pass of a batch: `median`, `p10`, `p90` over `repeats`, in eval mode.
+
+    Runs on the model's device, channels last, with a fixed number of threads; GPU work is waited for.
+    """
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, *IMAGE, device=device).contiguous(memory_format=torch.channels_last)
+    before, times = torch.get_num_threads(), []
+    torch.set_num_threads(threads or before)
+    try:
+        for _ in range(warmup + repeats):
+            start = time.perf_counter()
+            model(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append((time.perf_counter() - start) * 1000)
+    finally:
+        torch.set_num_threads(before)
+    deciles = statistics.quantiles(times[warmup:], n=10)
+    return dict(median=statistics.median(times[warmup:]), p10=deciles[0], p90=deciles[-1])
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Size of the model's deployable weights file (float32, no optimizer state)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return os.path.getsize(save_model(Path(folder) / "weights.pt", model))
+
+
+def profile(model: nn.Module, repeats: int = 50) -> dict:
+    """One table row: params, macs, latency at batch 1 and 64 (median ms) and weights file size in bytes."""
+    row = dict(params=params(model), macs=macs(model))
+    row |= {f"latency_{n}": latency(model, n, repeats)["median"] for n in (1, 64)}
+    return row | dict(bytes=file_bytes(model))

@@ -1,0 +1,77 @@
+"""Checks of a notebook's parameters, since papermill passes strings through and only warns about unknown names."""
+
+import ast
+import difflib
+import math
+import os
+from pathlib import Path
+
+from common import ROOT, WorkbookError, choose
+
+SCALES = ("quick", "laptop", "full")
+
+
+def check(namespace: dict, **rules) -> None:
+    """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=optional(whole(1)))`.
+
+    Every parameter has a rule from below. Raises WorkbookError for an illegal value, and for a name that
+    papermill injected although the notebook has no such parameter.
+    """
+    for name in injected(namespace):
+        if name not in rules:
+            near = difflib.get_close_matches(name, rules, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise WorkbookError(f"unknown parameter {name!r}{hint} (parameters: {', '.join(rules)})")
+    for name, rule in rules.items():
+        rule(name, namespace[name])
+
+
+def injected(namespace: dict) -> list:
+    """Names assigned by papermill, which puts them into a cell of their own that starts with "# Parameters"."""
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters")]
+    statements = (node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign))
+    return [target.id for node in statements for target in node.targets if isinstance(target, ast.Name)]
+
+
+def one_of(legal):
+    return lambda name, value: choose(name, value, legal)
+
+
+def number(low=-math.inf, high=math.inf, below=math.inf, kind=(int, float), what="a number"):
+    """A rule for low ≤ value ≤ high, value < below; booleans, strings and nan are rejected."""
+
+    def rule(name, value):
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or not value < below:
+            limits = [f"{text} {limit}" for text, limit in ((">=", low), ("<=", high), ("<", below)) if math.isfinite(limit)]
+            raise WorkbookError(f"{name}={value!r} is not legal; give {what} {' and '.join(limits)}".rstrip())
+
+    return rule
+
+
+def whole(low=-math.inf, high=math.inf):
+    return number(low, high, kind=int, what="a whole number")
+
+
+def text(name, value):
+    if not isinstance(value, str):
+        raise WorkbookError(f"{name}={value!r} is not legal; give a text in quotes")
+
+
+def switch(name, value):
+    if not isinstance(value, bool):
+        raise WorkbookError(f"{name}={value!r} is not legal; give True or False")
+
+
+def optional(rule):
+    """The same rule, with None allowed: "as the scale's table says"."""
+    return lambda name, value: value is None or rule(name, value)
+
+
+def settings(table: dict, scale: str, **overrides) -> dict:
+    """The row of `table` for `scale`, with every override that is not None in its place."""
+    return table[scale] | {name: value for name, value in overrides.items() if value is not None}
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: $RUNS_DIR, or `runs/` in the repository."""
+    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs")

@@ -1,0 +1,90 @@
+"""From `runs/*/run.json` to Markdown: tables and reports whose every number has a manifest beside it."""
+
+import io
+import json
+from pathlib import Path
+
+from common import ROOT, WorkbookError, write_file
+from common.params import runs_folder
+
+COLUMNS = {
+    "params": ("parameters", "{:,}"),
+    "macs": ("MACs", "{:,}"),
+    "latency_1": ("latency, batch 1 (ms)", "{:.2f}"),
+    "latency_64": ("latency, batch 64 (ms)", "{:.1f}"),
+    "bytes": ("weights file (MB)", lambda v: f"{v / 1e6:.2f}"),
+    "lam": ("λ", "{:g}"),
+}
+
+
+def cell(name: str, value) -> str:
+    """One table cell: missing values say "not run", accuracies and shares are percentages."""
+    if value is None:
+        return "not run"
+    if isinstance(value, str):
+        return value
+    form = COLUMNS.get(name, (None, "{:.2%}" if isinstance(value, float) else "{}"))[1]
+    return form(value) if callable(form) else form.format(value)
+
+
+def table(rows: list) -> str:
+    """Markdown table of dicts; columns in the order in which they first appear."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [[COLUMNS.get(name, (name.replace("_", " "),))[0] for name in names], ["---"] * len(names)]
+    lines += [[cell(name, row.get(name)) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save_result(folder, **results) -> dict:
+    """Add results to a run's manifest (`run.json`), for instance `test={"accuracy": 0.91}`; returns the manifest."""
+    path = Path(folder) / "run.json"
+    manifest = json.loads(path.read_text()) if path.exists() else dict(name=path.parent.name)
+    manifest |= results
+    write_file(path, json.dumps(manifest, indent=1))
+    return manifest
+
+
+def load_runs(pattern: str = "*", folder=None) -> list:
+    """Manifests of all runs whose folder name fits a pattern, by name."""
+    return [json.loads(path.read_text()) for path in sorted((folder or runs_folder()).glob(f"{pattern}/run.json"))]
+
+
+def report_folder(scale: str) -> Path:
+    """`reports/` in the repository for real scales; quick runs go to `runs/reports/` and leave git clean."""
+    return runs_folder() / "reports" if scale == "quick" else ROOT / "reports"
+
+
+def provenance(manifest: dict) -> str:
+    """One Markdown line: where the numbers of a run come from."""
+    machine, data = manifest["machine"], manifest["data"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"- `{manifest['name']}`: {manifest['epochs']} epochs of {data['train']:,} images of {data['name']} "
+        f"(validation {data['val']:,}), seed {manifest['config']['seed']}, {manifest['seconds'] / 60:.1f} min on "
+        f"{device}, torch {machine['torch']}, commit `{manifest['commit']}`"
+    )
+
+
+def write_report(name: str, scale: str, title: str, parts: list, figures: dict, runs: list) -> Path:
+    """Write `<name>.md` with its figures and the manifests of its runs beside it; returns its path.
+
+    `parts` are Markdown texts in order, where `![](key)` stands for the figure of that key; `runs` are manifests.
+    """
+    folder = report_folder(scale)
+    body = "\n\n".join(parts)
+    for key, figure in figures.items():
+        if f"![]({key})" not in body:
+            raise WorkbookError(f"figure {key!r} is not shown in the report; put ![]({key}) into one of its parts")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, bbox_inches="tight")
+        path = write_file(folder / "figures" / f"{name}_{key}.png", buffer.getvalue())
+        body = body.replace(f"![]({key})", f"![{key.replace('_', ' ')}](figures/{path.name})")
+    for manifest in runs:
+        write_file(folder / "runs" / f"{manifest['name']}.json", json.dumps(manifest, indent=1) + "\n")
+    warning = "\n\n> A **quick** run on the embedded sample: it shows that everything works, not what it can reach." * (
+        scale == "quick"
+    )
+    sources = "\n".join(provenance(manifest) for manifest in runs)
+    text = f"# {title}\n\nScale: `{scale}`.{warning}\n\n{body}\n\n## Where the numbers come from\n\n{sources}\n\n"
+    text += "Settings, machine and commit of each run stand in [`runs/`](runs/).\n"
+    return write_file(folder / f"{name}.md", text)

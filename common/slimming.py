@@ -1,0 +1,201 @@
+"""Network slimming (Liu et al., ICCV 2017): sparsify gammas, score channels, mask them, cut them out, repair."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import WorkbookError, choose
+from common.models import build
+
+PENALTIES = ("subgradient", "proximal")
+CRITERIA = ("gamma", "gamma/mean", "l1", "taylor", "random")
+SCOPES = ("global", "layer")
+
+
+def gammas(model: nn.Module, kind: str = "inner") -> list:
+    """The BatchNorm weights of all prune groups of a kind."""
+    norms = (model.get_submodule(name) for group in model.groups(kind) for name in group.norm)
+    return [norm.weight for norm in norms if norm.affine]
+
+
+@torch.no_grad()
+def add_subgradient(gammas: list, lam: float) -> None:
+    """Add the subgradient of lam·|gamma| to each gradient: once a step, before the optimizer, on unscaled gradients."""
+    for gamma in gammas:
+        gamma.grad.add_(gamma.sign(), alpha=lam)
+
+
+@torch.no_grad()
+def shrink(gammas: list, amount: float) -> None:
+    """Soft-threshold each gamma by `amount` = lr·lam after a step: the proximal form, which reaches exact zeros."""
+    for gamma in gammas:
+        gamma.copy_(F.softshrink(gamma, amount))
+
+
+def scores(model: nn.Module, criterion: str = "gamma", kind: str = "inner", batches=(), seed: int = 0) -> dict:
+    """One score (C,) per prune group, by name; low means unimportant.
+
+    "gamma": mean |gamma| over the group's BatchNorms (Liu et al. 2017); "gamma/mean": that, divided by the
+    layer's mean; "l1": mean L1 norm of the filters (Li et al. 2017); "taylor": (gamma·dL/dgamma +
+    beta·dL/dbeta)² summed over `batches` of (x, y) (Molchanov et al. 2019); "random".
+    """
+    choose("criterion", criterion, CRITERIA)
+    if criterion == "taylor":
+        importance = _taylor(model, batches)
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for group in model.groups(kind):
+        convs = [model.get_submodule(name) for name in group.out]
+        norms = [(name, model.get_submodule(name)) for name in group.norm]
+        norms = [(name, norm) for name, norm in norms if norm.affine]
+        if criterion == "random":
+            rows = [torch.rand(convs[0].out_channels, generator=generator)]
+        elif criterion == "l1":
+            rows = [conv.weight.detach().abs().sum((1, 2, 3)) for conv in convs]
+        elif criterion == "taylor":
+            rows = [importance[name] for name, _ in norms]
+        else:
+            rows = [norm.weight.detach().abs() for _, norm in norms]
+        score = torch.stack(rows).mean(0)
+        result[group.name] = score / score.mean() if criterion == "gamma/mean" else score
+    return result
+
+
+def _taylor(model, batches) -> dict:
+    """Squared first-order change of the loss when a channel's gamma and beta become 0, by BatchNorm name."""
+    model = copy.deepcopy(model).eval()
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
+    total = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
+    for x, y in batches:
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for name, norm in norms.items():
+            total[name] += (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach().cpu().square()
+    if not batches:
+        raise WorkbookError("criterion 'taylor' needs batches of images; give batches=[(x, y), …]")
+    return total
+
+
+def make_masks(scores: dict, ratio: float, scope: str = "global", min_channels: int = 1, round_to: int = 1) -> dict:
+    """Which channels to keep: one bool mask (C,) per group, True = kept.
+
+    Exactly round(ratio·total) channels of lowest score are removed (over all groups, or in each with scope
+    "layer"); then the best of each group are put back until it has `min_channels` and a multiple of `round_to`.
+    """
+    choose("scope", scope, SCOPES)
+    check_ratio(ratio)
+    masks = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
+    for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
+        flat = torch.cat([scores[name] for name in names])
+        keep = torch.ones(len(flat), dtype=torch.bool)
+        keep[flat.argsort(stable=True)[: round(ratio * len(flat))]] = False
+        masks |= zip(names, keep.split([len(scores[name]) for name in names]))
+    for name, score in scores.items():
+        least = max(int(masks[name].sum()), min_channels)
+        least = min(len(score), -(-least // round_to) * round_to)
+        masks[name] = torch.zeros_like(masks[name]).index_fill(0, score.argsort(stable=True)[len(score) - least :], True)
+    return masks
+
+
+def check_ratio(ratio) -> float:
+    """Return `ratio` if it is a number with 0 ≤ ratio < 1; otherwise raise WorkbookError."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise WorkbookError(f"ratio={ratio!r} is not legal; give a number with 0 <= ratio < 1, such as 0.5")
+    return ratio
+
+
+def achieved(masks: dict) -> float:
+    """Share of the prunable channels that the masks remove."""
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(len(mask) for mask in masks.values())
+
+
+def _removed(model: nn.Module, masks: dict):
+    """(group, mask) of every group that has a mask; an unknown name raises WorkbookError."""
+    groups = {group.name: group for group in model.groups("coupled")}
+    for name, mask in masks.items():
+        choose("prune group", name, groups)
+        yield groups[name], mask
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: dict, keep_beta: bool = False) -> nn.Module:
+    """A copy of the model in which removed channels are zero everywhere (or equal to their beta).
+
+    gamma and beta become 0; where a BatchNorm has none, the filter and the running mean do.
+    """
+    model = copy.deepcopy(model)
+    for group, mask in _removed(model, masks):
+        for conv, norm in ((model.get_submodule(c), model.get_submodule(n)) for c, n in zip(group.out, group.norm)):
+            if norm.affine:
+                norm.weight[~mask] = 0
+                norm.bias[~mask] *= keep_beta
+            else:
+                conv.weight[~mask] = 0
+                norm.running_mean[~mask] = 0
+    return model
+
+
+def slim(model: nn.Module, masks: dict) -> nn.Module:
+    """A new, compact model without the removed channels, its weights copied by layer name; eval mode."""
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    cfg = dict(zip((group.name for group in model.groups("coupled")), model.cfg))
+    for group, mask in _removed(model, masks):
+        keep = mask.nonzero()[:, 0]
+        cfg[group.name] = len(keep)
+        for layer in group.out + group.norm:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                if f"{layer}.{name}" in state:
+                    state[f"{layer}.{name}"] = state[f"{layer}.{name}"][keep]
+        for layer in group.into:
+            state[f"{layer}.weight"] = state[f"{layer}.weight"][:, keep]
+    compact = build(**{**model.spec, "cfg": list(cfg.values())})
+    compact.load_state_dict(state)
+    return compact.eval()
+
+
+@torch.no_grad()
+def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
+    """A copy in which the next layer makes up for the constants that removed channels would have sent it.
+
+    With its gamma at 0 a channel still sends act(beta) (Ye et al., ICLR 2018). The constant is read off the
+    next layer's input for images x (N, 3, H, W), which for inner groups does not depend on x, and moved into
+    that layer's BatchNorm mean or bias; exact but for zero-padded borders. Apply `slim` to the result.
+    """
+    masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
+    norm_of = {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
+    constants, hooks = {}, []
+    for group, mask in _removed(model, masks):
+        for layer in group.into:
+
+            def record(module, inputs, layer=layer, mask=mask):
+                mean = inputs[0].transpose(0, 1).flatten(1).mean(1)
+                constants[layer] = mean * ~mask.to(mean.device)
+
+            hooks.append(masked.get_submodule(layer).register_forward_pre_hook(record))
+    masked(x)
+    for layer, constant in constants.items():
+        reader = folded.get_submodule(layer)
+        if isinstance(reader, nn.Linear):
+            reader.bias += reader.weight @ constant
+        else:
+            folded.get_submodule(norm_of[layer]).running_mean -= reader.weight.sum((2, 3)) @ constant
+    return folded
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, batches) -> nn.Module:
+    """A copy whose BatchNorm statistics are the averages over `batches` of (x, y), without touching any weight."""
+    model = copy.deepcopy(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    model.train()
+    for x, _ in batches:
+        model(x)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    return model.eval()
