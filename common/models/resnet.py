@@ -44,10 +44,10 @@ class ResNet(Prunable, nn.Module):
     """
 
     def __init__(
-        self, depths, planes, expansion=4, kernels=(1, 3, 1), stem="plain", affine=True, first=None, cfg=None, classes=10
+        self, depths, planes, expansion=4, kernels=(1, 3, 1), stem="plain", affine=True, zero_last=False, cfg=None, classes=10
     ):
         super().__init__()
-        plan, stream = [], first or planes[0]
+        plan, stream = [], planes[0]
         default = [stream]
         for stage, (depth, width) in enumerate(zip(depths, planes)):
             for i in range(depth):
