@@ -202,7 +202,7 @@ def from_npm() -> dict:
 
 
 def read_sample() -> dict:
-    """The embedded sample: lossless WebP sheets of tiles and their labels (drawn by sample/make_sample.py)."""
+    """The embedded sample: lossless WebP sheets of tiles and their labels (see sample/README.md)."""
     labels = json.loads((SAMPLE / "labels.json").read_text())
     arrays = {}
     for part in ("train", "test"):

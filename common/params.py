@@ -73,5 +73,5 @@ def settings(table: dict, scale: str, **overrides) -> dict:
 
 
 def runs_folder() -> Path:
-    """Where runs are kept: $RUNS_DIR, or `runs/` in the repository."""
-    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs")
+    """Where runs are kept: $RUNS_DIR, relative to the repository, or `runs/` there."""
+    return ROOT / os.environ.get("RUNS_DIR", "runs")

@@ -1,8 +1,11 @@
 """Plots: each takes data and an optional `ax`, and returns the `ax` it drew on."""
 
+import math
+
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import display
+from matplotlib.ticker import MaxNLocator
 
 
 def _axes(ax, width=6.0, height=3.6):
@@ -29,38 +32,39 @@ def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None
     for label, history in histories.items():
         ax.plot([row["epoch"] for row in history], [row[key] for row in history], marker="o", markersize=3, label=label)
     ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return ax
 
 
 class Live:
-    """An `on_epoch` hook that redraws training and validation accuracy under the cell."""
+    """An `on_epoch` hook that redraws training and validation accuracy under the cell; keeps the last `figure`."""
 
     def __init__(self):
-        self.history, self.handle = [], None
+        self.parts, self.handle, self.figure = {"training": [], "validation": []}, None, None
 
     def __call__(self, row: dict) -> None:
-        self.history.append(row)
-        ax = curves({"training": [dict(r, accuracy=r["train_accuracy"]) for r in self.history],
-                     "validation": [dict(r, accuracy=r["val_accuracy"]) for r in self.history]}, "accuracy")  # fmt: skip
-        if self.handle is None:
-            self.handle = display(ax.figure, display_id=True)
-        elif self.handle:
-            self.handle.update(ax.figure)
-        plt.close(ax.figure)
+        for part, key in (("training", "train_accuracy"), ("validation", "val_accuracy")):
+            self.parts[part].append(dict(epoch=row["epoch"], accuracy=row[key]))
+        self.figure = curves(self.parts, "accuracy").figure
+        if self.handle:
+            self.handle.update(self.figure)
+        else:
+            self.handle = display(self.figure, display_id=True)
+        plt.close(self.figure)
 
 
-def gamma_histogram(values: dict, threshold: float | None = None, bins: int = 60, ax=None):
-    """Distribution of |gamma|, one outline per label, with the pruning threshold as a dashed line."""
+def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1e-6, ax=None):
+    """Distribution of |gamma| on a log axis, one outline per label; values below `low` count into the first bin."""
     ax = _axes(ax)
-    top = max(float(v.abs().max()) for v in values.values())
+    bins = torch.logspace(math.log10(low), math.log10(max(2 * float(v.abs().max()) for v in values.values())), 60)
     for label, v in values.items():
-        counts = torch.histc(v.detach().abs().float(), bins, 0, top)
-        ax.stairs(counts / counts.sum(), torch.linspace(0, top, bins + 1), label=label, fill=len(values) == 1)
+        counts = torch.histogram(v.detach().abs().float().cpu().clamp(min=low * 1.001), bins).hist
+        ax.stairs(counts / counts.sum(), bins, label=label, fill=len(values) == 1)
     if threshold is not None:
-        ax.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
-    ax.set(xlabel="|gamma|", ylabel="share of channels", yscale="log" if len(values) > 1 else "linear")
+        ax.axvline(max(threshold, low), color="black", linestyle="--", label=f"threshold {threshold:.2g}")
+    ax.set(xlabel="|gamma|", ylabel="share of channels", xscale="log")
     ax.legend(fontsize=8)
     return ax
 
@@ -84,7 +88,7 @@ def channels(before: dict, after: dict, ax=None):
     bars = ax.bar(range(len(after)), list(after.values()), color="tab:blue", label="after")
     ax.bar_label(bars, fontsize=6)
     ax.set_xticks(range(len(before)), list(before), rotation=60, ha="right", fontsize=7)
-    ax.set(xlabel="prune group", ylabel="channels", yscale="log")
+    ax.set(xlabel="prune group", ylabel="channels")
     ax.legend(fontsize=8)
     return ax
 
@@ -102,12 +106,15 @@ def sweep(x: list, lines: dict, xlabel: str, ylabel: str = "accuracy", chance: f
     return ax
 
 
-def tradeoff(points: dict, xlabel: str = "MACs (millions)", ylabel: str = "test accuracy (%)", ax=None):
-    """Labelled points of accuracy against cost; `points` maps a label to (x, y) or (x, y, colour)."""
+def tradeoff(series: dict, xlabel: str = "MACs (millions)", ylabel: str = "test accuracy (%)", ax=None):
+    """Accuracy against cost; `series` maps a label to points (x, y, text), where an empty text is not written."""
     ax = _axes(ax)
-    for label, (x, y, *colour) in points.items():
-        ax.scatter(x, y, color=colour[0] if colour else "tab:blue", zorder=3)
-        ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
-    ax.grid(alpha=0.3, which="both")
+    for label, points in series.items():
+        ax.scatter(*zip(*((x, y) for x, y, _ in points)), label=label, zorder=3)
+        for x, y, text in points:
+            ax.annotate(text, (x, y), textcoords="offset points", xytext=(6, -3), fontsize=7)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.margins(x=0.15, y=0.1)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
     return ax

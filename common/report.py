@@ -30,9 +30,11 @@ def cell(name: str, value) -> str:
 def table(rows: list) -> str:
     """Markdown table of dicts; columns in the order in which they first appear."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [[COLUMNS.get(name, (name.replace("_", " "),))[0] for name in names], ["---"] * len(names)]
+    lines = [[COLUMNS.get(name, (name.replace("_", " "),))[0] for name in names]]
     lines += [[cell(name, row.get(name)) for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in lines)
 
 
 def save_result(folder, **results) -> dict:
@@ -42,6 +44,16 @@ def save_result(folder, **results) -> dict:
     manifest |= results
     write_file(path, json.dumps(manifest, indent=1))
     return manifest
+
+
+def load_manifest(checkpoint) -> dict:
+    """The manifest of a checkpoint: `run.json` in its folder, or the file of its own name ending in .json."""
+    path = Path(checkpoint)
+    places = [path / "run.json"] if path.is_dir() else [path.with_suffix(".json"), path.parent / "run.json"]
+    for place in places:
+        if place.exists():
+            return json.loads(place.read_text())
+    raise WorkbookError(f"no manifest beside {path} (looked for {', '.join(p.name for p in places)}); keep run.json with it")
 
 
 def load_runs(pattern: str = "*", folder=None) -> list:
@@ -87,4 +99,22 @@ def write_report(name: str, scale: str, title: str, parts: list, figures: dict, 
     sources = "\n".join(provenance(manifest) for manifest in runs)
     text = f"# {title}\n\nScale: `{scale}`.{warning}\n\n{body}\n\n## Where the numbers come from\n\n{sources}\n\n"
     text += "Settings, machine and commit of each run stand in [`runs/`](runs/).\n"
-    return write_file(folder / f"{name}.md", text)
+    path = write_file(folder / f"{name}.md", text)
+    write_index(folder)
+    return path
+
+
+def write_index(folder: Path) -> None:
+    """Write the consolidated table, one row a run with its manifest in `folder/runs/`, into `folder/README.md`."""
+    rows = []
+    for path in sorted((folder / "runs").glob("*.json")):
+        run = json.loads(path.read_text())
+        row = {"run": f"[{run['name']}](runs/{path.name})", "network": run["spec"]["name"], "data": run["data"]["name"]}
+        row |= {"images": f"{run['data']['train']:,}", "epochs": run["epochs"], "λ": f"{run['config']['lam']:g}"}
+        row |= {"validation": run["best"]["val_accuracy"], "test": run.get("test", {}).get("accuracy")}
+        rows.append(
+            row | {"n": 1, "minutes": f"{run['seconds'] / 60:.1f}", "machine": run["machine"]["gpu"] or run["machine"]["cpu"]}
+        )
+    reports = "\n".join(f"- [{path.stem}]({path.name})" for path in sorted(folder.glob("*.md")) if path.name != "README.md")
+    text = f"# Reports\n\n{reports}\n\n## All runs\n\nAccuracies are single view; validation is the best epoch's.\n\n"
+    write_file(folder / "README.md", text + table(rows) + "\n")

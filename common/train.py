@@ -157,7 +157,8 @@ def lr_factor(step: int, total: int, warmup: int = 0, schedule: str = "cosine", 
 def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, trackers=()) -> Run:
     """Train, resume or load: the run in `folder` is finished and returned, whatever state it is in.
 
-    `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each validation.
+    `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each validation (for
+    epochs that are already done, at once).
     A checkpoint is written every epoch; a stopped run goes on from it with the same results, bit for bit on
     a CPU. Raises WorkbookError if the folder holds a run with other settings, or if the loss diverges.
     """
@@ -171,6 +172,8 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         refuse_other_settings(saved, identity, folder)
         if saved["finished"]:
             model.load_state_dict(saved["best"]["state_dict"])
+            for row in saved["history"] if on_epoch else ():
+                on_epoch(row)
             return Run(model.eval(), saved["history"], json.loads((folder / "run.json").read_text()), folder)
 
     keep_freed_memory()
@@ -185,13 +188,16 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
     loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
     model = model.to(memory_format=torch.channels_last)
     net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    history, best, first, spent = [], None, 0, 0.0
+    history, best, first, spent, started_at = [], None, 0, 0.0, commit()
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
         history, best, first, spent = saved["history"], saved["best"], len(saved["history"]), saved["seconds"]
+        started_at = saved.get("commit", started_at)
+        for row in history if on_epoch else ():
+            on_epoch(row)
     total, warmup = config.epochs * len(loader), round(config.warmup * len(loader))
     gammas = slimming.gammas(model) if config.lam else []
 
@@ -241,9 +247,11 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         finished = stop or epoch + 1 == config.epochs
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler, seconds=spent)
+            state = dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler, seconds=spent, commit=started_at
+            )
             save(folder / "checkpoint.pt", {**identity, **state, "history": history, "best": best, "finished": finished})
-            manifest = write_manifest(folder, identity, history, best, spent, finished, accelerator.device)
+            write_manifest(folder, identity, history, best, spent, finished, started_at, accelerator.device)
             print(
                 f"{folder.name} epoch {epoch + 1:3d}/{config.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  "
                 f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}  {seconds:.0f} s",
@@ -328,17 +336,16 @@ def refuse_other_settings(saved: dict, identity: dict, folder: Path) -> None:
             )
 
 
-def write_manifest(folder, identity, history, best, seconds, finished, device) -> dict:
-    """Write `history.csv` and `run.json`: settings, data, commit, machine, duration in seconds, best epoch."""
+def write_manifest(folder, identity, history, best, seconds, finished, commit, device) -> None:
+    """Write `history.csv` and `run.json`: settings, data, commit at the start, machine, seconds, best epoch."""
     text = io.StringIO()
     writer = csv.DictWriter(text, history[0])
     writer.writeheader()
     writer.writerows(history)
     write_file(folder / "history.csv", text.getvalue())
     manifest = dict(name=folder.name, finished=finished, epochs=len(history), seconds=round(seconds, 1), **identity)
-    manifest |= dict(best={k: best[k] for k in ("epoch", "val_accuracy")}, commit=commit(), machine=machine(device))
+    manifest |= dict(best={k: best[k] for k in ("epoch", "val_accuracy")}, commit=commit, machine=machine(device))
     write_file(folder / "run.json", json.dumps(manifest, indent=1))
-    return manifest
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Draw the embedded sample from all of CIFAR-10: `python -m common.sample.make_sample`.
+"""Draw the embedded sample from all of CIFAR-10: `python -m tests.make_sample`.
 
 The rule: with the split that seed 0 gives (45,000 training, 5,000 validation, 10,000 test images), take the
 first 200 training, 50 validation and 100 test images of every class, in the data set's order. Training and

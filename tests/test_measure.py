@@ -1,0 +1,47 @@
+"""Measuring: counts agree with an independent one, and nothing changes the model."""
+
+import copy
+
+import pytest
+import torch
+
+from common import measure
+from tests.conftest import warmed
+
+
+@pytest.mark.parametrize("profiler", (measure.macs, measure.thop_macs, measure.summary, measure.latency, measure.file_bytes))
+@pytest.mark.parametrize("training", (False, True))
+def test_profilers_leave_the_model_alone(profiler, training, sample):
+    model = warmed("resnet17", width=8).train(training)
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(model).eval()(x)
+    profiler(model)
+    assert list(model.state_dict()) == list(before) and model.training == training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_thop_counts_the_same_convolutions(network):
+    """thop adds BatchNorm (2 operations an element) and pooling on top: a few percent, never less."""
+    counted = measure.macs(network)
+    assert counted <= measure.thop_macs(network) <= counted * 1.15
+
+
+def test_macs_of_one_convolution_by_hand():
+    model = warmed("resnet18", width=4)
+    stem = 3 * 3 * 3 * 4 * 32 * 32
+    assert measure.macs(model) > stem
+    alone = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    assert measure.macs(alone) == stem
+
+
+def test_latency_is_ordered_and_restores_threads():
+    threads = torch.get_num_threads()
+    row = measure.latency(warmed("resnet17", width=4), batch_size=2, repeats=50, threads=1)
+    assert 0 < row["p10"] <= row["median"] <= row["p90"] and torch.get_num_threads() == threads
+
+
+def test_profile_has_every_column():
+    row = measure.profile(warmed("resnet17", width=4), repeats=5)
+    assert set(row) == {"params", "macs", "latency_1", "latency_64", "bytes"} and row["bytes"] > 4 * row["params"]

@@ -1,0 +1,68 @@
+"""Networks: sizes from the literature, shapes, widths."""
+
+import pytest
+import torch
+
+from common import WorkbookError
+from common.data import normalise
+from common.measure import macs, params
+from common.models import MODELS, build
+
+PARAMETERS = dict(resnet50=23_513_162, resnet18=11_173_962, resnet56=591_322, vgg16=14_724_042, vgg19=20_035_018)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_the_literature(name):
+    assert params(build(name)) == PARAMETERS[name]
+
+
+def test_macs_of_the_literature():
+    assert macs(build("resnet18")) == pytest.approx(555e6, rel=0.01)
+    assert macs(build("vgg16")) == pytest.approx(313e6, rel=0.01)
+
+
+def test_depths_are_what_the_names_say():
+    for name in ("resnet18", "resnet50", "resnet56", "vgg16", "vgg19", "resnet17"):
+        layers = [n for n, m in build(name).named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+        assert sum("shortcut" not in n and n != "whiten" for n in layers) == {"vgg16": 14, "vgg19": 17}.get(name, int(name[-2:]))
+
+
+@pytest.mark.parametrize("classes", (10, 100))
+def test_one_logit_a_class(network, classes):
+    model = build(**{**network.spec, "classes": classes}).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+def test_spec_builds_the_same_network(network):
+    again = build(**network.spec)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
+
+
+def test_width_scales_the_network():
+    assert build("resnet18", width=16).cfg == [c // 4 for c in build("resnet18").cfg]
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(WorkbookError, match="'resnet18'"):
+        build("resnet19")
+    with pytest.raises(WorkbookError, match="vgg16.*'width'"):
+        build("vgg16", width=3)
+    for cfg in ([64], [0] * 13, ["64"] * 13):
+        with pytest.raises(WorkbookError, match="13 channel widths"):
+            build("vgg16", cfg=cfg)
+
+
+def test_whitened_stem_decorrelates_patches(sample):
+    model = build("resnet17")
+    x = normalise(sample.train.x, sample.spec)
+    model.whiten_stem(x)
+    out = model.whiten(x)[:, :12].transpose(0, 1).flatten(1)
+    covariance = out @ out.T / out.shape[1]
+    strong = covariance.diagonal() > 0.5  # weak directions are damped on purpose
+    expected = torch.diag(covariance.diagonal())
+    assert strong.sum() >= 8 and (covariance - expected).abs().max() < 0.05
+    assert torch.equal(model.whiten.weight[:12], -model.whiten.weight[12:]) and not model.whiten.weight.requires_grad
+
+
+def test_registry_names_the_functions():
+    assert all(name == function.__name__ for name, function in MODELS.items())

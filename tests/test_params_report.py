@@ -1,0 +1,81 @@
+"""Notebook parameters and reports."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from common import WorkbookError, params, report
+
+RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
+GOOD = dict(scale="quick", ratio=0.5, epochs=None)
+
+
+def test_legal_parameters_pass():
+    params.check(GOOD, **RULES)
+    params.check(GOOD | dict(epochs=3, ratio=0), **RULES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ({"ratio": 1}, {"ratio": 1.5}, {"ratio": -0.1}, {"ratio": float("nan")}, {"ratio": "50%"}, {"ratio": "0,5"}, {"ratio": True},
+     {"scale": "quik"}, {"scale": 1}, {"epochs": 0}, {"epochs": 2.5}, {"epochs": "true"}, {"epochs": [1, 2]}),
+)  # fmt: skip
+def test_illegal_values_are_named(wrong):
+    with pytest.raises(WorkbookError, match=next(iter(wrong))) as caught:
+        params.check(GOOD | wrong, **RULES)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_get_the_nearest():
+    cells = ["", "ratio: float = 0.5", "# Parameters\nratoi = 0.7\n"]
+    with pytest.raises(WorkbookError, match="'ratoi'; did you mean 'ratio'"):
+        params.check(GOOD | dict(In=cells, ratoi=0.7), **RULES)
+
+
+def test_names_of_the_notebook_itself_are_not_parameters():
+    params.check(GOOD | dict(In=["x = 3", "# Parameters\nratio = 0.5"], x=3), **RULES)
+
+
+def test_settings_take_overrides():
+    assert params.settings({"quick": dict(a=1, b=2)}, "quick", a=None, b=5) == dict(a=1, b=5)
+
+
+def test_table_marks_what_was_not_run():
+    text = report.table([dict(network="a", params=1000, accuracy=0.5), dict(network="b", accuracy=None)])
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    assert "1,000" in lines[2] and "50.00%" in lines[2] and lines[3].count("not run") == 2
+
+
+@pytest.fixture
+def manifest():
+    machine = dict(cpu="x", cores=2, threads=2, gpu=None, torch="2")
+    return dict(name="run", finished=True, epochs=3, seconds=60, config=dict(seed=0), data=dict(name="d", train=10, val=5),
+                spec=dict(name="resnet17"), best=dict(epoch=2, val_accuracy=0.5), commit="abc", machine=machine)  # fmt: skip
+
+
+def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    figure = plt.subplots()[0]
+    path = report.write_report("lab", "quick", "Title", ["text ![](plot)"], dict(plot=figure), [manifest])
+    assert path.is_relative_to(tmp_path) and "quick" in path.read_text()
+    assert (path.parent / "figures" / "lab_plot.png").stat().st_size > 1000
+    assert json.loads((path.parent / "runs" / "run.json").read_text()) == manifest
+    assert "run" in (path.parent / "README.md").read_text()
+    assert report.report_folder("laptop") == report.ROOT / "reports"
+
+
+def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    with pytest.raises(WorkbookError, match="plot"):
+        report.write_report("lab", "quick", "Title", ["text"], dict(plot=plt.figure()), [manifest])
+    assert not list(tmp_path.rglob("*.md"))
+
+
+def test_results_join_the_manifest(tmp_path, manifest):
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
+    assert report.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
+    assert report.load_manifest(tmp_path) == manifest | dict(test=dict(accuracy=0.9))
+    with pytest.raises(WorkbookError, match="no manifest"):
+        report.load_manifest(tmp_path / "sub" / "model.pt")

@@ -1,0 +1,289 @@
+"""Training: exact resumption, load-or-train, schedules, optimizers, checkpoints that cannot harm."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from common import ROOT, WorkbookError, slimming, train
+from common.data import Loader
+from common.models import build
+from common.train import TrainConfig, fit, lr_factor
+
+CONFIG = TrainConfig(epochs=3, batch_size=30, optimizer="muon", lr=0.1, momentum=0.6, augment=("flip", "crop:2"))
+
+
+def network(seed=0, **arguments):
+    torch.manual_seed(seed)
+    return build("resnet17", width=4, **arguments)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(epoch):
+    def hook(row):
+        if row["epoch"] == epoch:
+            raise Stop
+
+    return hook
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, lr=0.02, lam=1e-3, accumulate=2, clip=1.0)
+    whole = fit(network(), small, config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        fit(network(), small, config, tmp_path / "parts", on_epoch=stop_after(1))
+    resumed = fit(network(seed=9), small, config, tmp_path / "parts")  # whatever weights the model comes with
+    assert same(weights(whole.model), weights(resumed.model))
+    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts")]
+    assert same(*ends)
+    plain = lambda history: [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history]
+    assert plain(whole.history) == plain(resumed.history)
+
+
+def test_killed_process_resumes_exactly(small, tmp_path):
+    """kill -9 in the middle of an epoch: the next process ends with the weights of an undisturbed one."""
+    script = (
+        "import sys, torch\n"
+        "from tests.test_train import CONFIG, network\n"
+        "from common.data import Split, load\n"
+        "from common.train import fit\n"
+        "s = load('cifar10-sample')\n"
+        "torch.set_num_threads(1)\n"
+        "fit(network(), Split(s.train[:100], s.val[:40], s.test[:40], s.spec, s.class_names), CONFIG, sys.argv[1],\n"
+        "    on_grad=lambda model: __import__('time').sleep(float(sys.argv[2])))\n"
+    )
+    start = lambda folder, pause: subprocess.Popen([sys.executable, "-c", script, str(folder), pause], cwd=ROOT)
+    killed = start(tmp_path / "killed", "0.3")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    saved = train.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")
+    assert 1 <= len(saved["history"]) < CONFIG.epochs
+    for name in ("killed", "whole"):
+        assert start(tmp_path / name, "0").wait() == 0
+    ends = [train.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    assert same(ends[0]["model"], ends[1]["model"]) and same(ends[0]["best"]["state_dict"], ends[1]["best"]["state_dict"])
+
+
+def test_finished_run_is_loaded_not_trained(small, tmp_path):
+    first = fit(network(), small, CONFIG, tmp_path / "run")
+    touched = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
+    rows = []
+    again = fit(network(seed=5), small, CONFIG, tmp_path / "run", on_epoch=rows.append)
+    assert same(weights(first.model), weights(again.model)) and rows == again.history == first.history
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == touched
+
+
+@pytest.mark.parametrize("change", ({"lr": 0.2}, {"seed": 1}, {"augment": ("flip",)}))
+def test_other_settings_are_refused_by_name(change, small, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    fit(network(), small, config, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(WorkbookError, match=next(iter(change))):
+        fit(network(), small, dataclasses.replace(config, **change), tmp_path / "run")
+    with pytest.raises(WorkbookError, match="width"):
+        fit(build("resnet17", width=8), small, config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_best_epoch_is_really_kept(small, tmp_path):
+    """The returned weights give the best validation accuracy, also when later epochs were worse."""
+    run = fit(
+        network(), small, dataclasses.replace(CONFIG, epochs=6, lr=0.5, lr_other=0.5, schedule="constant"), tmp_path / "run"
+    )
+    accuracies = [row["val_accuracy"] for row in run.history]
+    assert run.manifest["best"]["epoch"] == accuracies.index(max(accuracies)) + 1
+    assert train.evaluate(run.model, small.val, small.spec)["accuracy"] == pytest.approx(max(accuracies))
+    assert same(weights(run.model), weights(train.load_model(run.folder)))
+
+
+def test_early_stopping_after_patience_epochs(small, tmp_path):
+    run = fit(network(), small, dataclasses.replace(CONFIG, epochs=50, lr=0.0, lr_other=0.0, patience=2), tmp_path / "run")
+    best = run.manifest["best"]["epoch"]
+    assert run.manifest["finished"] and len(run.history) == best + 2
+
+
+def test_manifest_and_history_stand_beside_the_run(small, tmp_path):
+    run = fit(network(), small, CONFIG, tmp_path / "run")
+    manifest = json.loads((run.folder / "run.json").read_text())
+    assert manifest["config"]["lr"] == CONFIG.lr and manifest["data"]["train"] == 100 and manifest["seconds"] > 0
+    assert {"commit", "machine", "spec", "best"} <= set(manifest)
+    assert len((run.folder / "history.csv").read_text().splitlines()) == CONFIG.epochs + 1
+
+
+def test_accumulation_gives_the_same_gradient(small):
+    """Without BatchNorm in the way, two half batches weigh as much as one whole, also of uneven size."""
+    x, y = next(iter(Loader(small.train, small.spec, 25, shuffle=False)))
+    gradients = []
+    for pieces in (1, 2):
+        model = network().eval()  # fixed statistics
+        for xs, ys in zip(x.chunk(pieces), y.chunk(pieces)):
+            (torch.nn.functional.cross_entropy(model(xs), ys, reduction="sum") / len(x)).backward()
+        gradients.append(model.fc.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_hook_sees_clipped_gradients_and_penalty_is_added_after(small, tmp_path):
+    norms, seen = [], []
+
+    def hook(model):
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)))
+        seen.append(model)
+
+    fit(network(), small, dataclasses.replace(CONFIG, epochs=1, clip=0.01), tmp_path / "clipped", on_grad=hook)
+    assert max(norms) <= 0.01 * 1.01 and len(seen) == 4
+    norms.clear()
+    run = fit(network(), small, dataclasses.replace(CONFIG, epochs=1, clip=0.01, lam=10.0), tmp_path / "penalised", on_grad=hook)
+    assert min(norms) > 1, "the L1 term is not clipped away"
+    assert run.history[0]["grad_norm"] > 0.01, "the logged norm is that before clipping"
+
+
+@pytest.mark.parametrize("penalty", slimming.PENALTIES)
+def test_penalty_shrinks_gammas(penalty, small, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=4, lam=0.5, lr_other=0.1, penalty=penalty)
+    run = fit(network(), small, config, tmp_path / "run")
+    values = torch.cat([g.detach() for g in slimming.gammas(run.model)]).abs()
+    assert values.median() < 0.2
+    assert (values == 0).any() == (penalty == "proximal")
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_schedule_warms_up_from_step_0_and_never_rises_after(schedule):
+    factors = [lr_factor(step, 100, 10, schedule) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b >= 0 for a, b in zip(factors[9:], factors[10:]))
+    assert {
+        "cosine": factors[-1] < 0.01,
+        "linear": factors[-1] < 0.02,
+        "steps": factors[-1] == pytest.approx(0.01),
+        "constant": factors[-1] == 1,
+    }[schedule]
+
+
+def test_orthogonalise_brings_singular_values_together():
+    torch.manual_seed(0)
+    for shape in ((20, 50), (50, 20)):
+        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape), steps=5))
+        assert values.min() > 0.4 and values.max() < 1.4
+
+
+def test_parameter_groups_hold_each_parameter_once():
+    model = network()
+    optimizer = train.make_optimizer(model, dataclasses.replace(CONFIG, lr_bias=3.0))
+    conv, other, gamma, bias = (group["params"] for group in optimizer.param_groups)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, conv + other + gamma + bias)) == sorted(map(id, trained))
+    assert {id(g) for g in slimming.gammas(model, "coupled")} <= {id(p) for p in gamma}
+    assert [group["weight_decay"] for group in optimizer.param_groups][2:] == [0, 0]
+    assert optimizer.param_groups[3]["peak"] == pytest.approx(3 * CONFIG.lr_other)
+
+
+def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
+    def poison(model):
+        if (tmp_path / "run" / "checkpoint.pt").exists():
+            model.fc.weight.data.fill_(math.nan)
+
+    with pytest.raises(WorkbookError, match="lower lr"):
+        fit(network(), small, CONFIG, tmp_path / "run", on_grad=poison)
+    assert len(train.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ({"optimizer": "sdg"}, {"schedule": "cos"}, {"epochs": 0}, {"lr": math.nan}, {"lr": "0.1"}, {"lam": -1}, {"momentum": 1},
+     {"label_smoothing": 1.0}, {"precision": "fp8"}, {"penalty": "l2"}, {"augment": ("flipp",)}, {"batch_size": 0.5}),
+)  # fmt: skip
+def test_illegal_settings(wrong):
+    with pytest.raises(WorkbookError) as caught:
+        TrainConfig(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_missing_trackers_are_named(small, tmp_path, monkeypatch):
+    with pytest.raises(WorkbookError, match="tensorboard"):
+        fit(network(), small, CONFIG, tmp_path, trackers=("tensorbored",))
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WorkbookError, match="pip install mlflow"):
+        fit(network(), small, CONFIG, tmp_path, trackers=("mlflow",))
+
+
+def test_model_files_rebuild_themselves(tmp_path):
+    model = network()
+    pruned = slimming.slim(model, slimming.make_masks(slimming.scores(model, "random"), 0.5))
+    path = train.save_model(tmp_path / "model.pt", pruned)
+    again = train.load_model(path, expect="resnet17")
+    assert again.cfg == pruned.cfg and same(weights(again), weights(pruned))
+    half = train.save_model(tmp_path / "half.pt", pruned, half=True)
+    assert half.stat().st_size < path.stat().st_size
+    assert all(
+        torch.allclose(a, b.float(), atol=2e-3)
+        for a, b in zip(weights(train.load_model(half)).values(), weights(pruned).values())
+    )
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_unusable_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = train.save_model(tmp_path / "good.pt", network())
+    (tmp_path / "truncated.pt").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"spec": {}, "state_dict": Bomb()}, tmp_path / "bomb2.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({"spec": {"name": "resnet17", "width": 8}, "state_dict": network().state_dict()}, tmp_path / "mismatch.pt")
+    torch.save({"spec": {"name": "resnet99"}, "state_dict": {}}, tmp_path / "unknown.pt")
+    for name, reason in dict(missing="does not exist", truncated="truncated", text="cannot be read", bomb="code", bomb2="code",
+                             other="not a checkpoint", mismatch="do not fit", unknown="resnet99").items():  # fmt: skip
+        with pytest.raises(WorkbookError, match=reason) as caught:
+            train.load_model(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WorkbookError, match="holds a 'resnet17'"):
+        train.load_model(good, expect="vgg16")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
+    path = train.save_model(tmp_path / "model.pt", network())
+    before = path.read_bytes()
+
+    def full(self, data):
+        os.open(self, os.O_CREAT | os.O_WRONLY)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.Path, "write_bytes", full)
+    with pytest.raises(WorkbookError, match="No space left"):
+        train.save_model(path, network(seed=1))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unwritable_runs_folder_is_named(small, tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder is needed")
+    with pytest.raises(WorkbookError, match="cannot write"):
+        fit(network(), small, dataclasses.replace(CONFIG, epochs=1), tmp_path / "runs" / "run")
