@@ -29,9 +29,36 @@ def add_subgradient(gammas: list, lam: float) -> None:
 
 @torch.no_grad()
 def shrink(gammas: list, amount: float) -> None:
-    """Soft-threshold each gamma by `amount` = lr·lam after a step: the proximal form, which reaches exact zeros."""
+    """Soft-threshold each gamma by `amount` (step size × lam) after a step: the proximal form, which reaches exact zeros."""
     for gamma in gammas:
         gamma.copy_(F.softshrink(gamma, amount))
+
+
+def _norm_of(model: nn.Module) -> dict:
+    """The BatchNorm that follows each convolution of the prune groups, by name."""
+    return {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
+
+
+@torch.no_grad()
+def rescale_gammas(model: nn.Module, kind: str = "inner") -> nn.Module:
+    """A copy that computes the same, with every prune group's gammas scaled to mean |gamma| 1.
+
+    The next layer's BatchNorm undoes any common factor of a group's gammas and betas, so L1 can shrink all of
+    them without making one sparse, and loses its grip as it does. For groups of one BatchNorm that a
+    convolution reads ("inner" ones); exact but for the eps of BatchNorm.
+    """
+    model, norm_of = copy.deepcopy(model), _norm_of(model)
+    for group in model.groups(kind):
+        if len(group.norm) == 1 and all(reader in norm_of for reader in group.into):
+            norm = model.get_submodule(group.norm[0])
+            factor = norm.weight.abs().mean()
+            norm.weight /= factor
+            norm.bias /= factor
+            for reader in group.into:
+                following = model.get_submodule(norm_of[reader])
+                following.running_mean /= factor
+                following.running_var /= factor**2
+    return model
 
 
 def scores(model: nn.Module, criterion: str = "gamma", kind: str = "inner", batches=(), seed: int = 0) -> dict:
@@ -164,8 +191,7 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     that layer's BatchNorm mean or bias; exact but for zero-padded borders. Apply `slim` to the result.
     """
     masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
-    norm_of = {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
-    constants, hooks = {}, []
+    norm_of, constants = _norm_of(model), {}
     for group, mask in _removed(model, masks):
         for layer in group.into:
 
@@ -173,7 +199,7 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
                 mean = inputs[0].transpose(0, 1).flatten(1).mean(1)
                 constants[layer] = mean * ~mask.to(mean.device)
 
-            hooks.append(masked.get_submodule(layer).register_forward_pre_hook(record))
+            masked.get_submodule(layer).register_forward_pre_hook(record)
     masked(x)
     for layer, constant in constants.items():
         reader = folded.get_submodule(layer)

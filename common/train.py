@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -64,15 +65,13 @@ class TrainConfig:
         choose("precision", self.precision, ("auto", "no", "fp16", "bf16"))
         choose("penalty", self.penalty, slimming.PENALTIES)
         parse_augment(self.augment)
-        for name, low in dict(
-            epochs=1, batch_size=1, accumulate=1, lr=0, lr_other=0, lr_bias=0, lam=0, weight_decay=0, warmup=0
-        ).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < math.inf:
-                raise WorkbookError(f"{name}={value!r} is not legal; give a number of at least {low}")
-        for name, high in dict(label_smoothing=1, momentum=1).items():
-            if not 0 <= getattr(self, name) < high:
-                raise WorkbookError(f"{name}={getattr(self, name)!r} is not legal; give a number from 0 to below {high}")
+        whole_numbers, below_1 = ("epochs", "batch_size", "accumulate"), ("label_smoothing", "momentum")
+        for name in (*whole_numbers, *below_1, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup"):
+            value, whole, high = getattr(self, name), name in whole_numbers, 1 if name in below_1 else math.inf
+            low = 1 if whole else 0
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value < high:
+                limits = f"{'a whole' if whole else 'a'} number of at least {low}" + (f" and below {high}" if high == 1 else "")
+                raise WorkbookError(f"{name}={value!r} is not legal; give {limits}")
 
 
 @dataclass
@@ -122,21 +121,14 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Four parameter groups: convolutions, other weights, gammas, biases and betas. Each keeps its peak lr in `peak`."""
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)}
-    conv, other, gamma, bias = [], [], [], []
-    for name, p in model.named_parameters():
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
+    kind = lambda p: 0 if p.ndim == 4 else 1 if p.ndim > 1 else 2 if id(p) in norms else 3
+    rest, decay = config.lr_other if config.optimizer == "muon" else config.lr, config.weight_decay
+    rates = (config.lr, decay), (rest, decay), (rest, 0), (rest * config.lr_bias, 0)
+    groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay) for lr, decay in rates]
+    for p in model.parameters():
         if p.requires_grad:
-            (
-                conv if p.ndim == 4 else other if p.ndim > 1 else gamma if name.endswith("weight") and id(p) in norms else bias
-            ).append(p)
-    rest = config.lr_other if config.optimizer == "muon" else config.lr
-    rows = (
-        (conv, config.lr, config.weight_decay),
-        (other, rest, config.weight_decay),
-        (gamma, rest, 0),
-        (bias, rest * config.lr_bias, 0),
-    )
-    groups = [dict(params=params, lr=lr, peak=lr, weight_decay=decay) for params, lr, decay in rows]
+            groups[kind(p)]["params"].append(p)
     if config.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optimizer == "muon":
@@ -158,120 +150,114 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
     """Train, resume or load: the run in `folder` is finished and returned, whatever state it is in.
 
     `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each validation (for
-    epochs that are already done, at once).
-    A checkpoint is written every epoch; a stopped run goes on from it with the same results, bit for bit on
-    a CPU. Raises WorkbookError if the folder holds a run with other settings, or if the loss diverges.
+    epochs that are already done, at once). A checkpoint is written every epoch; a stopped run goes on from it
+    with the same results, bit for bit on a CPU. Raises WorkbookError if the folder holds a run with other
+    settings, or if the loss diverges.
     """
-    folder = Path(folder)
+    folder, identity = Path(folder), dict(config=_plain(config), spec=_plain(model.spec), data=describe(split))
     for tracker in trackers:
         if importlib.util.find_spec(choose("tracker", tracker, TRACKERS)) is None:
             raise WorkbookError(f"tracker {tracker!r} is not installed; run: pip install {tracker}")
-    identity = dict(config=_plain(config), spec=_plain(model.spec), data=describe(split))
     saved = load_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     if saved:
         refuse_other_settings(saved, identity, folder)
-        if saved["finished"]:
-            model.load_state_dict(saved["best"]["state_dict"])
-            for row in saved["history"] if on_epoch else ():
-                on_epoch(row)
-            return Run(model.eval(), saved["history"], json.loads((folder / "run.json").read_text()), folder)
-
-    keep_freed_memory()
-    AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
-    accelerator = Accelerator(
-        mixed_precision=native_precision(config.precision), log_with=list(trackers) or None, project_dir=folder
-    )
-    if trackers:
-        accelerator.init_trackers(folder.name, {k: str(v) for k, v in identity["config"].items()})
-    share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
-    train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
-    loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
-    model = model.to(memory_format=torch.channels_last)
-    net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    history, best, first, spent, started_at = [], None, 0, 0.0, commit()
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if accelerator.scaler and saved["scaler"]:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        history, best, first, spent = saved["history"], saved["best"], len(saved["history"]), saved["seconds"]
-        started_at = saved.get("commit", started_at)
-        for row in history if on_epoch else ():
+        for row in saved["history"] if on_epoch else ():
             on_epoch(row)
-    total, warmup = config.epochs * len(loader), round(config.warmup * len(loader))
-    gammas = slimming.gammas(model) if config.lam else []
+    state = saved or dict(history=[], best=None, seconds=0.0, finished=False, commit=commit())
+    history = state["history"]
 
-    for epoch in range(first, config.epochs):
-        started, loader.epoch = time.perf_counter(), epoch
-        torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout depends on the epoch alone, so a resumed run repeats it
-        sums = torch.zeros(4, device=accelerator.device)  # loss, correct, images, gradient norm
-        net.train()
-        bar = tqdm(
-            loader, f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=not accelerator.is_main_process, mininterval=2
-        )
-        for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_factor(step, total, warmup, config.schedule, config.milestones)
-            pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
-            for i, (xs, ys) in enumerate(pieces):
-                with accelerator.no_sync(net) if i + 1 < len(pieces) else contextlib.nullcontext():
-                    logits = net(xs).float()
-                    loss = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing, reduction="sum")
-                    accelerator.backward(loss / len(x))
-                sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == ys).sum(), torch.tensor(len(ys), device=x.device)])
-            sums[3] += accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
-            if config.penalty == "subgradient":
-                slimming.add_subgradient(gammas, config.lam)
-            if on_grad:
-                on_grad(model)
-            optimizer.step()
-            if config.penalty == "proximal":
-                slimming.shrink(gammas, config.lam * optimizer.param_groups[2]["lr"])
-            optimizer.zero_grad()
-        norm = sums[3].item() / len(loader)
-        loss, correct, images, _ = accelerator.reduce(sums).tolist()
-        if not math.isfinite(loss):
-            raise WorkbookError(
-                f"the loss became {loss} in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0 (earlier epochs are kept)"
-            )
-        scores = evaluate(net, val, split.spec, accelerator=accelerator)
-        seconds = time.perf_counter() - started
-        spent += seconds
-        row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=loss / images, train_accuracy=correct / images)
-        row |= {f"val_{k}": v for k, v in scores.items()} | dict(grad_norm=norm, seconds=seconds, images_per_s=images / seconds)
+    if not state["finished"]:
+        keep_freed_memory()
+        AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
+        precision, log_with = native_precision(config.precision), list(trackers) or None
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
+        share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+        train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
+        loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
+        model = model.to(memory_format=torch.channels_last)
+        net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if accelerator.scaler and saved["scaler"]:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+        if trackers:
+            accelerator.init_trackers(folder.name, {k: str(v) for k, v in identity["config"].items()})
+
+    while not state["finished"]:
+        started, loader.epoch = time.perf_counter(), len(history)
+        row = dict(epoch=len(history) + 1, **train_epoch(model, net, optimizer, loader, config, accelerator, on_grad))
+        row |= {f"val_{k}": v for k, v in evaluate(net, val, split.spec, accelerator=accelerator).items()}
+        row["seconds"] = time.perf_counter() - started
+        row["images_per_s"] = len(split.train) / row["seconds"]
         history.append(row)
-        if best is None or row["val_accuracy"] > best["val_accuracy"]:
+        if not state["best"] or row["val_accuracy"] > state["best"]["val_accuracy"]:
             weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            best = dict(epoch=epoch + 1, val_accuracy=row["val_accuracy"], state_dict=weights)
-        stop = config.patience is not None and epoch + 1 - best["epoch"] >= config.patience
-        finished = stop or epoch + 1 == config.epochs
+            state["best"] = dict(epoch=row["epoch"], val_accuracy=row["val_accuracy"], state_dict=weights)
+        stop = config.patience is not None and row["epoch"] - state["best"]["epoch"] >= config.patience
+        state["finished"] = stop or row["epoch"] == config.epochs
+        state["seconds"] += row["seconds"]
         if accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            state = dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler, seconds=spent, commit=started_at
-            )
-            save(folder / "checkpoint.pt", {**identity, **state, "history": history, "best": best, "finished": finished})
-            write_manifest(folder, identity, history, best, spent, finished, started_at, accelerator.device)
+            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+            write_run(folder, state | identity, accelerator.device)
             print(
-                f"{folder.name} epoch {epoch + 1:3d}/{config.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  "
-                f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}  {seconds:.0f} s",
+                f"{folder.name} epoch {row['epoch']:3d}/{config.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  "
+                f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}  {row['seconds']:.0f} s",
                 flush=True,
             )
         if trackers:
-            accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch + 1)
+            accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
         if on_epoch:
             on_epoch(row)
-        if stop:
-            break
-    if trackers:
-        accelerator.end_training()
-    accelerator.wait_for_everyone()
-    manifest = json.loads((folder / "run.json").read_text())
-    model = accelerator.unwrap_model(net, keep_fp32_wrapper=False).cpu()
-    model.load_state_dict(best["state_dict"])
-    if accelerator.is_main_process:
-        save_model(folder / "best.pt", model, run=folder.name, epoch=best["epoch"], val_accuracy=best["val_accuracy"])
-    return Run(model.eval(), history, manifest, folder)
+        if state["finished"]:
+            accelerator.end_training()
+            accelerator.wait_for_everyone()
+            model = accelerator.unwrap_model(net, keep_fp32_wrapper=False).cpu()
+
+    model.load_state_dict(state["best"]["state_dict"])
+    return Run(model.eval(), history, json.loads((folder / "run.json").read_text()), folder)
+
+
+def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None) -> dict:
+    """One pass over the images. `net` is `model` as accelerate wraps it; returns part of a history row.
+
+    Each step: backward for every piece of the batch → unscale and clip → L1 term and hook → optimizer → zero.
+    """
+    epoch, total = loader.epoch, config.epochs * len(loader)
+    torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout depends on the epoch alone, so a resumed run repeats it
+    sums = torch.zeros(4, device=accelerator.device)  # loss, correct, images, gradient norm
+    gammas = slimming.gammas(model) if config.lam else []
+    quiet = not accelerator.is_main_process
+    net.train()
+    for i, (x, y) in enumerate(tqdm(loader, f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=quiet, mininterval=2)):
+        factor = lr_factor(epoch * len(loader) + i, total, round(config.warmup * len(loader)), config.schedule, config.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
+        for j, (xs, ys) in enumerate(pieces):
+            with accelerator.no_sync(net) if j + 1 < len(pieces) else contextlib.nullcontext():
+                logits = net(xs).float()
+                loss = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing, reduction="sum")
+                accelerator.backward(loss / len(x))
+            sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == ys).sum(), torch.tensor(len(ys), device=x.device)])
+        sums[3] += accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+        if config.penalty == "subgradient":
+            slimming.add_subgradient(gammas, config.lam)
+        if on_grad:
+            on_grad(model)
+        optimizer.step()
+        if config.penalty == "proximal":
+            # Under momentum a constant force moves a weight by lr / (1 - momentum) a step: lam means the same in both forms.
+            inertia = 1 - config.momentum if config.optimizer != "adam" else 1
+            slimming.shrink(gammas, config.lam * optimizer.param_groups[2]["lr"] / inertia)
+        optimizer.zero_grad()
+    norm = sums[3].item() / len(loader)
+    loss, correct, images, _ = accelerator.reduce(sums).tolist()
+    if not math.isfinite(loss):
+        raise WorkbookError(f"the loss became {loss} in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0")
+    lr = optimizer.param_groups[0]["lr"]
+    return dict(lr=lr, train_loss=loss / images, train_accuracy=correct / images, grad_norm=norm)
 
 
 @torch.no_grad()
@@ -336,23 +322,26 @@ def refuse_other_settings(saved: dict, identity: dict, folder: Path) -> None:
             )
 
 
-def write_manifest(folder, identity, history, best, seconds, finished, commit, device) -> None:
-    """Write `history.csv` and `run.json`: settings, data, commit at the start, machine, seconds, best epoch."""
+def write_run(folder: Path, state: dict, device) -> None:
+    """Write `history.csv`, `run.json`, at the end `best.pt`, and last `checkpoint.pt`, which makes the epoch count."""
+    history, best = state["history"], {k: state["best"][k] for k in ("epoch", "val_accuracy")}
     text = io.StringIO()
     writer = csv.DictWriter(text, history[0])
     writer.writeheader()
     writer.writerows(history)
     write_file(folder / "history.csv", text.getvalue())
-    manifest = dict(name=folder.name, finished=finished, epochs=len(history), seconds=round(seconds, 1), **identity)
-    manifest |= dict(best={k: best[k] for k in ("epoch", "val_accuracy")}, commit=commit, machine=machine(device))
+    manifest = dict(name=folder.name, epochs=len(history), best=best, machine=machine(device))
+    manifest |= {key: state[key] for key in ("finished", "seconds", "commit", "config", "spec", "data")}
     write_file(folder / "run.json", json.dumps(manifest, indent=1))
+    if state["finished"]:
+        meta = dict(run=folder.name, **best)
+        save(folder / "best.pt", dict(spec=state["spec"], state_dict=state["best"]["state_dict"], meta=meta))
+    save(folder / "checkpoint.pt", state)
 
 
 def commit() -> str:
     """The commit of the checkout, with "+" where tracked files differ from it; "unknown" outside git."""
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    git = lambda *words: subprocess.check_output(["git", "-C", str(ROOT), *words], text=True, stderr=subprocess.DEVNULL).strip()
     try:
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
@@ -360,14 +349,11 @@ def commit() -> str:
 
 
 def machine(device="cpu") -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+    """Names of processor and GPU, cores, threads and torch version."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"model name\s*: (.*)", info)
+    cpu = named[1] if named else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    cpu = names[0] if names else platform.processor() or platform.machine()
     return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__)
 
 
@@ -380,9 +366,8 @@ def save(path, content: dict) -> Path:
 
 def save_model(path, model: nn.Module, half: bool = False, **meta) -> Path:
     """Write deployable weights (no optimizer state); `half` stores them as float16 at half the size."""
-    state = {
-        k: v.detach().cpu().half() if half and v.is_floating_point() else v.detach().cpu() for k, v in model.state_dict().items()
-    }
+    shrink = lambda v: v.half() if half and v.is_floating_point() else v
+    state = {name: shrink(value.detach().cpu()) for name, value in model.state_dict().items()}
     return save(path, dict(spec=_plain(model.spec), state_dict=state, meta=meta))
 
 
@@ -397,9 +382,8 @@ def load_checkpoint(path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and runtime errors, by how the file is damaged
-        reason = (
-            "it holds code, which is not run" if "weights_only" in str(error).lower() else "it is truncated or of another kind"
-        )
+        code = "weights_only" in str(error).lower()
+        reason = "it holds code, which is not run" if code else "it is truncated or of another kind"
         raise WorkbookError(f"{path} cannot be read as a checkpoint: {reason}; give one written by this workbook") from None
     if not isinstance(content, dict) or not isinstance(content.get("spec"), dict) or not {"state_dict", "best"} & set(content):
         raise WorkbookError(f"{path} is not a checkpoint of this workbook (no 'spec' and weights in it); give another path")
