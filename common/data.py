@@ -217,14 +217,10 @@ def read_sample() -> dict:
 
 def normalise(x: Tensor, spec: Spec) -> Tensor:
     """uint8 images to float32 with zero mean and unit variance a colour channel, channels last."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) * 255 for v in (spec.mean, spec.std))
-    return x.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-
-
-def _pixels(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixel (rows[n, i], columns[n, j]) of image n at (i, j), out of x (N, 3, H, W); keeps channels last."""
-    n = torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x.permute(0, 2, 3, 1)[n, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # One row of pixels is handled as a vector: broadcasting over three channels would defeat vector instructions.
+    rows = x.permute(0, 2, 3, 1).flatten(2).float()
+    mean, std = (torch.tensor(v, device=x.device).repeat(x.shape[3]) * 255 for v in (spec.mean, spec.std))
+    return torch.addcmul(-mean / std, rows, 1 / std).unflatten(2, (x.shape[3], 3)).permute(0, 3, 1, 2)
 
 
 def flip(x: Tensor, generator: torch.Generator, p: int = 50) -> Tensor:
@@ -235,11 +231,14 @@ def flip(x: Tensor, generator: torch.Generator, p: int = 50) -> Tensor:
 
 def crop(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each image by up to `pad` pixels in both directions; the border is filled by reflection."""
-    size = x.shape[-1]
-    shift = torch.randint(-pad, pad + 1, (2, len(x), 1), generator=generator).to(x.device)
-    at = (torch.arange(size, device=x.device) + shift).abs()
-    rows, columns = torch.where(at >= size, 2 * (size - 1) - at, at)
-    return _pixels(x, rows, columns)
+    n, channels, height, width = x.shape
+    shift = torch.randint(0, 2 * pad + 1, (2, n), generator=generator).to(x.device)
+    at = lambda size: (torch.arange(-pad, size + pad, device=x.device).abs() - (size - 1)).abs().neg() + size - 1
+    padded = x.permute(0, 2, 3, 1)[:, :, at(width)][:, at(height)].contiguous()
+    # Every window is a view of the padded image, so that cutting them out copies whole rows.
+    sizes, strides = (n, 2 * pad + 1, 2 * pad + 1, height, width, channels), padded.stride()
+    windows = padded.as_strided(sizes, (strides[0], *strides[1:3], *strides[1:]))
+    return windows[torch.arange(n, device=x.device), shift[0], shift[1]].permute(0, 3, 1, 2)
 
 
 def cutout(x: Tensor, generator: torch.Generator, size: int = 8) -> Tensor:
