@@ -223,22 +223,33 @@ def normalise(x: Tensor, spec: Spec) -> Tensor:
     return torch.addcmul(-mean / std, rows, 1 / std).unflatten(2, (x.shape[3], 3)).permute(0, 3, 1, 2)
 
 
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for images: as rows of bytes, since index_select copies those 20 times faster than x[index] does."""
+    n, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(1).index_select(0, index)
+    return rows.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+
+
 def flip(x: Tensor, generator: torch.Generator, p: int = 50) -> Tensor:
     """Mirror each image left-right with a chance of `p` percent."""
     mirrored = torch.rand(len(x), generator=generator).mul(100).lt(p).to(x.device)
-    return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    return _take(torch.cat([x, x.flip(3)]), torch.arange(len(x), device=x.device) + len(x) * mirrored)
 
 
 def crop(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each image by up to `pad` pixels in both directions; the border is filled by reflection."""
     n, channels, height, width = x.shape
-    shift = torch.randint(0, 2 * pad + 1, (2, n), generator=generator).to(x.device)
-    at = lambda size: (torch.arange(-pad, size + pad, device=x.device).abs() - (size - 1)).abs().neg() + size - 1
-    padded = x.permute(0, 2, 3, 1)[:, :, at(width)][:, at(height)].contiguous()
-    # Every window is a view of the padded image, so that cutting them out copies whole rows.
-    sizes, strides = (n, 2 * pad + 1, 2 * pad + 1, height, width, channels), padded.stride()
-    windows = padded.as_strided(sizes, (strides[0], *strides[1:3], *strides[1:]))
-    return windows[torch.arange(n, device=x.device), shift[0], shift[1]].permute(0, 3, 1, 2)
+    shift = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
+    x = x.permute(0, 2, 3, 1)
+    mirrored = x.flip(2)
+    padded = torch.cat([mirrored[:, :, width - pad - 1 : -1], x, mirrored[:, :, 1 : pad + 1]], 2)
+    padded = torch.cat([padded[:, 1 : pad + 1].flip(1), padded, padded[:, height - pad - 1 : -1].flip(1)], 1)
+    # Every run of `width` pixels is a row of this view, so that a window is `height` rows to copy.
+    tall, wide = padded.shape[1:3]
+    runs = padded.as_strided((n * tall * wide - width + 1, width * channels), (channels, 1))
+    image, row = torch.arange(n, device=x.device)[:, None], torch.arange(height, device=x.device)
+    start = (image * tall + shift[0] + row) * wide + shift[1]
+    return runs.index_select(0, start.flatten()).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def cutout(x: Tensor, generator: torch.Generator, size: int = 8) -> Tensor:
@@ -289,7 +300,7 @@ class Loader:
         generator.manual_seed(generator.initial_seed() * self.world + self.rank)
         for batch in order.split(self.batch_size):
             share = batch[self.rank :: self.world].to(self.images.x.device)
-            x, y = self.images.x[share], self.images.y[share]
+            x, y = _take(self.images.x, share), self.images.y[share]
             for function, arguments in self.augment:
                 x = function(x, generator, *arguments)
             yield normalise(x, self.spec), y

@@ -34,33 +34,6 @@ def shrink(gammas: list, amount: float) -> None:
         gamma.copy_(F.softshrink(gamma, amount))
 
 
-def _norm_of(model: nn.Module) -> dict:
-    """The BatchNorm that follows each convolution of the prune groups, by name."""
-    return {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
-
-
-@torch.no_grad()
-def rescale_gammas(model: nn.Module, kind: str = "inner") -> nn.Module:
-    """A copy that computes the same, with every prune group's gammas scaled to mean |gamma| 1.
-
-    The next layer's BatchNorm undoes any common factor of a group's gammas and betas, so L1 can shrink all of
-    them without making one sparse, and loses its grip as it does. For groups of one BatchNorm that a
-    convolution reads ("inner" ones); exact but for the eps of BatchNorm.
-    """
-    model, norm_of = copy.deepcopy(model), _norm_of(model)
-    for group in model.groups(kind):
-        if len(group.norm) == 1 and all(reader in norm_of for reader in group.into):
-            norm = model.get_submodule(group.norm[0])
-            factor = norm.weight.abs().mean()
-            norm.weight /= factor
-            norm.bias /= factor
-            for reader in group.into:
-                following = model.get_submodule(norm_of[reader])
-                following.running_mean /= factor
-                following.running_var /= factor**2
-    return model
-
-
 def scores(model: nn.Module, criterion: str = "gamma", kind: str = "inner", batches=(), seed: int = 0) -> dict:
     """One score (C,) per prune group, by name; low means unimportant.
 
@@ -191,7 +164,8 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     that layer's BatchNorm mean or bias; exact but for zero-padded borders. Apply `slim` to the result.
     """
     masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
-    norm_of, constants = _norm_of(model), {}
+    norm_of = {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
+    constants = {}
     for group, mask in _removed(model, masks):
         for layer in group.into:
 
