@@ -1,5 +1,6 @@
 """The workbench behind the CIFAR Workbook's notebooks."""
 
+import contextlib
 import difflib
 import os
 from pathlib import Path
@@ -29,6 +30,7 @@ def write_file(path, data: bytes | str) -> Path:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise WorkbookError(f"cannot write {path} ({error.strerror}); free some space or make the folder writable") from None
     return path

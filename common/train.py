@@ -167,6 +167,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
     history = state["history"]
 
     if not state["finished"]:
+        write_file(folder / "config.json", json.dumps(identity, indent=1))  # also shows now that the folder can be written
         keep_freed_memory()
         AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
         precision, log_with = native_precision(config.precision), list(trackers) or None

@@ -51,8 +51,9 @@ def test_table_marks_what_was_not_run():
 @pytest.fixture
 def manifest():
     machine = dict(cpu="x", cores=2, threads=2, gpu=None, torch="2")
-    return dict(name="run", finished=True, epochs=3, seconds=60, config=dict(seed=0), data=dict(name="d", train=10, val=5),
-                spec=dict(name="resnet17"), best=dict(epoch=2, val_accuracy=0.5), commit="abc", machine=machine)  # fmt: skip
+    best = dict(epoch=2, val_accuracy=0.5)
+    row = dict(name="run", finished=True, epochs=3, seconds=60, commit="abc", machine=machine, best=best)
+    return row | dict(config=dict(seed=0, lam=0.0), data=dict(name="d", train=10, val=5), spec=dict(name="resnet17"))
 
 
 def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatch):
