@@ -77,7 +77,7 @@ def gamma_layers(values: dict, ax=None):
         ax.plot([i, i], [low, high], color="tab:blue", linewidth=5, alpha=0.4)
         ax.plot(i, middle, "o", color="tab:blue")
     ax.set_xticks(range(len(values)), list(values), rotation=60, ha="right", fontsize=7)
-    ax.set(xlabel="layer", ylabel="|gamma|", ylim=(0, None))
+    ax.set(xlabel="layer", ylabel="|gamma|", ylim=(0, 1.1 * max(high for _, _, high in quantiles)))
     return ax
 
 
