@@ -56,11 +56,6 @@ def load_manifest(checkpoint) -> dict:
     raise WorkbookError(f"no manifest beside {path} (looked for {', '.join(p.name for p in places)}); keep run.json with it")
 
 
-def load_runs(pattern: str = "*", folder=None) -> list:
-    """Manifests of all runs whose folder name fits a pattern, by name."""
-    return [json.loads(path.read_text()) for path in sorted((folder or runs_folder()).glob(f"{pattern}/run.json"))]
-
-
 def report_folder(scale: str) -> Path:
     """`reports/` in the repository for real scales; quick runs go to `runs/reports/` and leave git clean."""
     return runs_folder() / "reports" if scale == "quick" else ROOT / "reports"
