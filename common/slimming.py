@@ -144,7 +144,7 @@ def slim(model: nn.Module, masks: dict) -> nn.Module:
     for group, mask in _removed(model, masks):
         keep = mask.nonzero()[:, 0]
         cfg[group.name] = len(keep)
-        for layer in group.out + group.norm:
+        for layer in group.out + group.norm + group.gates:
             for name in ("weight", "bias", "running_mean", "running_var"):
                 if f"{layer}.{name}" in state:
                     state[f"{layer}.{name}"] = state[f"{layer}.{name}"][keep]
@@ -177,10 +177,11 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     masked(x)
     for layer, constant in constants.items():
         reader = folded.get_submodule(layer)
-        if isinstance(reader, nn.Linear):
-            reader.bias += reader.weight @ constant
-        else:
-            folded.get_submodule(norm_of[layer]).running_mean -= reader.weight.sum((2, 3)) @ constant
+        constant = reader.weight.flatten(2).sum(2) @ constant if reader.weight.ndim == 4 else reader.weight @ constant
+        if layer in norm_of:
+            folded.get_submodule(norm_of[layer]).running_mean -= constant
+        elif reader.bias is not None:
+            reader.bias += constant
     return folded
 
 

@@ -6,7 +6,8 @@ import torch
 from common import WorkbookError
 from common.data import normalise
 from common.measure import macs, params
-from common.models import MODELS, build
+from common.models import MODELS, build, fresh
+from common.models.mobilenet import ACTIVATIONS
 
 PARAMETERS = dict(resnet50=23_513_162, resnet18=11_173_962, resnet56=591_322, vgg16=14_724_042, vgg19=20_035_018)
 
@@ -19,12 +20,16 @@ def test_parameters_of_the_literature(name):
 def test_macs_of_the_literature():
     assert macs(build("resnet18")) == pytest.approx(555e6, rel=0.01)
     assert macs(build("vgg16")) == pytest.approx(313e6, rel=0.01)
+    assert macs(build("fastnet")) == pytest.approx(118e6, rel=0.01)
+    assert macs(build("mobilenet", classes=100)) == pytest.approx(46.4e6, rel=0.01)
 
 
 def test_depths_are_what_the_names_say():
-    for name in ("resnet18", "resnet50", "resnet56", "vgg16", "vgg19", "resnet17"):
+    for name in ("resnet18", "resnet50", "resnet56", "vgg16", "vgg19", "resnet17", "seresnet44"):
         layers = [n for n, m in build(name).named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-        assert sum("shortcut" not in n and n != "whiten" for n in layers) == {"vgg16": 14, "vgg19": 17}.get(name, int(name[-2:]))
+        assert sum("shortcut" not in n and ".se." not in n and n != "whiten" for n in layers) == {"vgg16": 14, "vgg19": 17}.get(
+            name, int(name[-2:])
+        )
 
 
 @pytest.mark.parametrize("classes", (10, 100))
@@ -42,6 +47,45 @@ def test_width_scales_the_network():
     assert build("resnet18", width=16).cfg == [c // 4 for c in build("resnet18").cfg]
 
 
+def test_same_seed_same_weights(sample):
+    x = normalise(sample.train.x[:100], sample.spec)
+    one, two, other = (fresh("fastnet", seed, x, width=4).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one) and not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_fastnet_takes_smaller_images_and_starts_with_dirac_filters():
+    model = build("fastnet", width=8, depth=3).eval()
+    assert model(torch.zeros(2, 3, 24, 24)).shape == (2, 10)
+    x = torch.randn(1, 32, 7, 7)
+    assert torch.equal(model.stages[2].conv1(x), x)
+
+
+def test_only_the_slimmable_fastnet_trains_gammas():
+    trained = lambda **kw: {n for n, p in build("fastnet", width=4, **kw).named_parameters() if p.requires_grad and "bn" in n}
+    assert not [n for n in trained() if n.endswith("weight")]
+    assert len([n for n in trained(gammas=True) if n.endswith("weight")]) == 6
+
+
+def test_small_networks_stay_under_5_million_parameters():
+    assert params(build("seresnet44")) < 5_000_000
+    assert params(build("mobilenet", classes=100)) == pytest.approx(3.3e6, rel=0.01)
+
+
+def test_mobilenet_activation_by_block():
+    model = build("mobilenet", width=0.1, activation="gelu", activation_at={"sigmoid": [4, 10]})
+    kinds = [type(layer.act).__name__ for layer in model.layers]
+    assert kinds == ["Sigmoid" if i in (4, 10) else "GELU" for i in range(13)] and model.layers[8].conv1.weight.shape[1] == 1
+    with pytest.raises(WorkbookError, match="block 13 is out of range.*0 to 12"):
+        build("mobilenet", activation_at={"sigmoid": [13]})
+    with pytest.raises(WorkbookError, match="unknown activation 'sigmiod' .*'sigmoid'"):
+        build("mobilenet", activation_at={"sigmiod": [1]})
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_activation_name_builds(name):
+    assert build("mobilenet", width=0.05, activation=name).eval()(torch.ones(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(WorkbookError, match="'resnet18'"):
         build("resnet19")
@@ -53,9 +97,8 @@ def test_wrong_arguments_are_named():
 
 
 def test_whitened_stem_decorrelates_patches(sample):
-    model = build("resnet17")
     x = normalise(sample.train.x, sample.spec)
-    model.whiten_stem(x)
+    model = fresh("resnet17", 0, x)
     out = model.whiten(x)[:, :12].transpose(0, 1).flatten(1)
     covariance = out @ out.T / out.shape[1]
     strong = covariance.diagonal() > 0.5  # weak directions are damped on purpose

@@ -1,14 +1,15 @@
 """Networks by name. Each is built from `cfg`, one width per prune group, so a pruned network is just another `cfg`."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from common import WorkbookError, choose
-from common.models import resnet, vgg
+from common.models import fastnet, mobilenet, resnet, vgg
 from common.models.groups import KINDS, Group
 
-__all__ = ["KINDS", "MODELS", "Group", "build"]
+__all__ = ["KINDS", "MODELS", "Group", "build", "fresh"]
 
-MODELS = {**resnet.MODELS, **vgg.MODELS}
+MODELS = {**resnet.MODELS, **vgg.MODELS, **fastnet.MODELS, **mobilenet.MODELS}
 
 
 def build(name: str, **arguments) -> nn.Module:
@@ -22,4 +23,13 @@ def build(name: str, **arguments) -> nn.Module:
     except TypeError as error:
         raise WorkbookError(f"model {name!r} cannot be built: {str(error).split(') ')[-1]}") from None
     model.spec = {"name": name, **arguments, "cfg": model.cfg}
+    return model
+
+
+def fresh(name: str, seed: int, x: Tensor, **arguments) -> nn.Module:
+    """`build` with first weights drawn by `seed`; a whitening layer is fitted to normalised images x (N, 3, H, W)."""
+    torch.manual_seed(seed)
+    model = build(name, **arguments)
+    if getattr(model, "whiten", None):
+        model.whiten.fit(x)
     return model

@@ -1,10 +1,9 @@
 """Residual networks (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016) for 32×32 images."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.models.groups import Group, Prunable, widths
+from common.models.groups import Group, Prunable, SqueezeExcite, Whiten, widths
 
 
 def conv(inputs, outputs, kernel, stride=1):
@@ -12,9 +11,12 @@ def conv(inputs, outputs, kernel, stride=1):
 
 
 class Block(nn.Module):
-    """relu(f(x) + shortcut(x)), where f is a chain conv1-bn1-relu-conv2-bn2-(relu-…) with the given widths."""
+    """relu(f(x) + shortcut(x)), where f is a chain conv1-bn1-relu-conv2-bn2-(relu-…) with the given widths.
 
-    def __init__(self, channels, kernels, stride, shortcut, affine):
+    With `se`, f ends in squeeze-and-excitation of that hidden width.
+    """
+
+    def __init__(self, channels, kernels, stride, shortcut, affine, se):
         super().__init__()
         self.depth = len(kernels)
         strided = kernels.index(3)  # the first 3×3 carries the stride
@@ -25,13 +27,14 @@ class Block(nn.Module):
         if shortcut:
             norm = nn.BatchNorm2d(channels[-1], affine=affine)
             self.shortcut = nn.Sequential(conv(channels[0], channels[-1], 1, stride), norm)
+        self.se = SqueezeExcite(channels[-1], se) if se else None
 
     def forward(self, x):
         out = x
         for i in range(1, self.depth + 1):
             out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
-            out = F.relu(out) if i < self.depth else F.relu(out + self.shortcut(x))
-        return out
+            out = F.relu(out) if i < self.depth else out
+        return F.relu((self.se(out) if self.se else out) + self.shortcut(x))
 
 
 class ResNet(Prunable, nn.Module):
@@ -39,13 +42,15 @@ class ResNet(Prunable, nn.Module):
 
     `cfg` holds one width per prune group in forward order: the stem's stream, then for every block the
     stream it opens (where its shortcut has a convolution) and its inner widths.
-    `stem`: "plain" (3×3), "pool" (3×3, then max-pool to 16×16) or "whiten" (see `whiten_stem`). `affine`: whether
-    shortcuts' BatchNorms have gamma and beta. `zero_last`: each block starts as its shortcut (Goyal et al. 2017).
+    `stem`: "plain" (3×3), "pool" (3×3, then max-pool to 16×16) or "whiten". `affine`: whether shortcuts' BatchNorms
+    have gamma and beta. `zero_last`: each block starts as its shortcut (Goyal et al. 2017). `se`: reduction of
+    squeeze-and-excitation in every block, 0 for none. `dropout`: before the classifier.
     """
 
     def __init__(
-        self, depths, planes, expansion=4, kernels=(1, 3, 1), stem="plain", affine=True, zero_last=False, cfg=None, classes=10
-    ):
+        self, depths, planes, expansion=4, kernels=(1, 3, 1), stem="plain", affine=True, zero_last=False, se=0, dropout=0.0,
+        cfg=None, classes=10,
+    ):  # fmt: skip
         super().__init__()
         plan, stream = [], planes[0]
         default = [stream]
@@ -60,11 +65,11 @@ class ResNet(Prunable, nn.Module):
 
         stream = next(queue)
         self.stem = stem
-        self.whiten = nn.Conv2d(3, 24, 2) if stem == "whiten" else None
+        self.whiten = Whiten() if stem == "whiten" else None
         self.conv1 = conv(24 if stem == "whiten" else 3, stream, 3)
         self.bn1 = nn.BatchNorm2d(stream)
         self.blocks = nn.ModuleList()
-        groups = [dict(name="stem", out=["conv1"], norm=["bn1"], into=[], inner=False)]
+        groups = [dict(name="stem", out=["conv1"], norm=["bn1"], into=[], gates=[], inner=False)]
         current = groups[0]
         for n, (stride, opens) in enumerate(plan):
             at, channels = f"blocks.{n}", [stream]
@@ -72,25 +77,27 @@ class ResNet(Prunable, nn.Module):
             if opens:
                 current["into"].append(f"{at}.shortcut.0")
                 stream = next(queue)
-                current = dict(name=f"{at}.stream", out=[f"{at}.shortcut.0"], norm=[f"{at}.shortcut.1"], into=[], inner=False)
+                out, norm = [f"{at}.shortcut.0"], [f"{at}.shortcut.1"]
+                current = dict(name=f"{at}.stream", out=out, norm=norm, into=[], gates=[], inner=False)
                 groups.append(current)
             for i in range(1, len(kernels)):
                 channels.append(next(queue))
                 groups.append(dict(name=f"{at}.bn{i}", out=[f"{at}.conv{i}"], norm=[f"{at}.bn{i}"], into=[f"{at}.conv{i + 1}"]))
             current["out"].append(f"{at}.conv{len(kernels)}")
             current["norm"].append(f"{at}.bn{len(kernels)}")
-            self.blocks.append(Block(channels + [stream], kernels, stride, opens, affine))
+            if se:
+                current["into"].append(f"{at}.se.squeeze")
+                current["gates"].append(f"{at}.se.excite")
+            self.blocks.append(Block(channels + [stream], kernels, stride, opens, affine, se and max(1, width * expansion // se)))
         current["into"].append("fc")
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(stream, classes)
         self._groups = [Group(**{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}) for group in groups]
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not isinstance(module, Whiten):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for block in self.blocks:
             nn.init.constant_(getattr(block, f"bn{block.depth}").weight, 0.0 if zero_last else 1.0)
-        if self.whiten:
-            self.whiten.weight.requires_grad_(False)
-            nn.init.zeros_(self.whiten.bias)
 
     def forward(self, x):
         if self.whiten:
@@ -101,19 +108,7 @@ class ResNet(Prunable, nn.Module):
             x = F.max_pool2d(x, 3, 2, 1) if self.stem == "pool" else x
         for block in self.blocks:
             x = block(x)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-    @torch.no_grad()
-    def whiten_stem(self, x):
-        """Set the fixed 2×2 stem filters to ± the whitening transform of the patches of x (N, 3, H, W), normalised.
-
-        From airbench94 (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024): the eigenvectors of the
-        patch covariance, each divided by the root of its eigenvalue, and their negatives (24 filters).
-        """
-        patches = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
-        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+        return self.fc(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))
 
 
 def resnet50(cfg=None, classes=10):
@@ -126,9 +121,16 @@ def resnet56(cfg=None, classes=10):
     return ResNet((6, 6, 6), (16, 32, 64), cfg=cfg, classes=classes)
 
 
-def resnet18(cfg=None, classes=10, width=64):
+def resnet18(cfg=None, classes=10, width=64, dropout=0.0):
     """Basic blocks [2, 2, 2, 2] after a 3×3 stem; `width` channels in the first stage."""
-    return ResNet((2, 2, 2, 2), [width * 2**i for i in range(4)], expansion=1, kernels=(3, 3), cfg=cfg, classes=classes)
+    planes = [width * 2**i for i in range(4)]
+    return ResNet((2, 2, 2, 2), planes, expansion=1, kernels=(3, 3), dropout=dropout, cfg=cfg, classes=classes)
+
+
+def seresnet44(cfg=None, classes=10, width=32, se=64, dropout=0.0):
+    """Bottlenecks [2, 4, 6, 2] of half ResNet-50's width with squeeze-and-excitation before the addition: 44 layers."""
+    planes = [width * 2**i for i in range(4)]
+    return ResNet((2, 4, 6, 2), planes, se=se, dropout=dropout, cfg=cfg, classes=classes)
 
 
 def resnet17(cfg=None, classes=10, width=64):
@@ -140,4 +142,4 @@ def resnet17(cfg=None, classes=10, width=64):
     return ResNet((1, 2, 2), planes, expansion=2, stem="whiten", zero_last=True, cfg=cfg, classes=classes)
 
 
-MODELS = {"resnet17": resnet17, "resnet18": resnet18, "resnet50": resnet50, "resnet56": resnet56}
+MODELS = {"resnet17": resnet17, "resnet18": resnet18, "seresnet44": seresnet44, "resnet50": resnet50, "resnet56": resnet56}

@@ -1,0 +1,73 @@
+"""MobileNet v1 (Howard et al. 2017) for 32×32 images."""
+
+from torch import nn
+
+from common import WorkbookError, choose
+from common.models.groups import Group, Prunable, widths
+
+# (width of the pointwise convolution, stride of the depthwise one) of the 13 blocks
+LAYOUT = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+NOT_ELEMENTWISE = {"MultiheadAttention", "Threshold", "GLU", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+ACTIVATIONS = {name.lower(): getattr(nn, name) for name in nn.modules.activation.__all__ if name not in NOT_ELEMENTWISE}
+
+
+class Block(nn.Module):
+    """Depthwise 3×3 (conv1) and pointwise 1×1 convolution (conv2), each with BatchNorm and activation."""
+
+    def __init__(self, inputs, outputs, stride, activation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv2 = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.act = activation()
+
+    def forward(self, x):
+        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+
+
+class MobileNet(Prunable, nn.Module):
+    """Stem, 13 depthwise-separable blocks, average pooling, linear; x (N, 3, 32, 32) → logits (N, classes).
+
+    `cfg` holds 14 widths: the stem's and one a block (a depthwise convolution has those of its input).
+    """
+
+    def __init__(self, width, activation, activation_at, cfg, classes):
+        super().__init__()
+        names = [activation] * len(LAYOUT)
+        for name, blocks in (activation_at or {}).items():
+            for block in blocks:
+                if block not in range(len(LAYOUT)):
+                    raise WorkbookError(f"block {block!r} is out of range; the blocks are 0 to {len(LAYOUT) - 1}")
+                names[block] = name
+        acts = [ACTIVATIONS[choose("activation", name, ACTIVATIONS)] for name in [activation, *names]]
+        self.cfg = widths(cfg, [max(1, round(width * c)) for c in (32, *(c for c, _ in LAYOUT))])
+        self.conv1 = nn.Conv2d(3, self.cfg[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.cfg[0])
+        self.act = acts[0]()
+        blocks = zip(self.cfg, self.cfg[1:], LAYOUT, acts[1:])
+        self.layers = nn.ModuleList(Block(a, b, stride, act) for a, b, (_, stride), act in blocks)
+        self.linear = nn.Linear(self.cfg[-1], classes)
+        self._groups, out, norm = [], "conv1", "bn1"
+        for n in range(len(LAYOUT)):
+            at = f"layers.{n}"
+            self._groups.append(Group(norm, (out, f"{at}.conv1"), (norm, f"{at}.bn1"), (f"{at}.conv2",)))
+            out, norm = f"{at}.conv2", f"{at}.bn2"
+        self._groups.append(Group(norm, (out,), (norm,), ("linear",)))
+
+    def forward(self, x):
+        x = self.act(self.bn1(self.conv1(x)))
+        for layer in self.layers:
+            x = layer(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def mobilenet(cfg=None, classes=10, width=1.0, activation="relu", activation_at=None):
+    """46.4 M MACs, 3.3 M parameters for 100 classes at width 1.
+
+    `activation` is any of torch's by name; `activation_at` gives some blocks another: {"sigmoid": [4, 5, 6]}.
+    """
+    return MobileNet(width, activation, activation_at, cfg, classes)
+
+
+MODELS = {"mobilenet": mobilenet}
