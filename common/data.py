@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor
@@ -232,7 +234,11 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def flip(x: Tensor, generator: torch.Generator, p: int = 50) -> Tensor:
     """Mirror each image left-right with a chance of `p` percent."""
-    mirrored = torch.rand(len(x), generator=generator).mul(100).lt(p).to(x.device)
+    return mirror(x, torch.rand(len(x), generator=generator).mul(100).lt(p).to(x.device))
+
+
+def mirror(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror left-right the images for which `mirrored` (N,) is True."""
     return _take(torch.cat([x, x.flip(3)]), torch.arange(len(x), device=x.device) + len(x) * mirrored)
 
 
@@ -262,7 +268,28 @@ def cutout(x: Tensor, generator: torch.Generator, size: int = 8) -> Tensor:
     return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], grey, x)
 
 
-AUGMENT = {"flip": flip, "crop": crop, "cutout": cutout}
+def affine(x: Tensor, generator: torch.Generator, degrees: int = 15) -> Tensor:
+    """Rotate each image by up to `degrees` either way and scale it by 0.9 to 1.1; the border is filled by reflection."""
+    angle, scale = torch.rand(2, len(x), generator=generator).to(x.device)
+    angle, scale = (2 * angle - 1) * math.radians(degrees), 0.9 + 0.2 * scale
+    cos, sin, zero = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
+    return F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False).round().byte()
+
+
+def colour(x: Tensor, generator: torch.Generator, percent: int = 20) -> Tensor:
+    """Change brightness, contrast and saturation of each image by factors of up to 1 ± `percent` / 100."""
+    factors = 1 + (2 * torch.rand(3, len(x), 1, 1, 1, generator=generator) - 1).to(x.device) * percent / 100
+    x = x.float() * factors[0]
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, factors[1])
+    x = torch.lerp(x.mean(1, keepdim=True), x, factors[2])
+    return x.clamp(0, 255).round().byte()
+
+
+# "altflip": half of the images, drawn by the seed, are mirrored in even epochs and the others in odd ones, so that two
+# epochs show both sides of every image (airbench, Jordan 2024). It needs to know the epoch: the Loader does it.
+AUGMENT = {"flip": flip, "altflip": None, "crop": crop, "cutout": cutout, "affine": affine, "colour": colour}
 
 
 def parse_augment(names) -> list:
@@ -293,8 +320,10 @@ class Loader:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         n = len(self.images)
+        sides = torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        sides = (sides if self.epoch % 2 == 0 else ~sides).to(self.images.x.device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         self.epoch += 1
         generator.manual_seed(generator.initial_seed() * self.world + self.rank)
@@ -302,5 +331,5 @@ class Loader:
             share = batch[self.rank :: self.world].to(self.images.x.device)
             x, y = _take(self.images.x, share), self.images.y[share]
             for function, arguments in self.augment:
-                x = function(x, generator, *arguments)
+                x = function(x, generator, *arguments) if function else mirror(x, sides[share])
             yield normalise(x, self.spec), y

@@ -45,11 +45,13 @@ class TrainConfig:
     lr_bias: float = 1.0  # learning rate of biases and betas, as a multiple of the others'
     momentum: float = 0.9
     weight_decay: float = 5e-4  # on weights only: not on gammas, betas and biases
+    decay_bias: bool = False  # biases and betas decay too, as fast as the other weights do
     schedule: str = "cosine"
     warmup: float = 0.0  # epochs of linear warm-up
     milestones: tuple = (0.5, 0.75)  # with "steps": shares of the run after which lr falls tenfold
     label_smoothing: float = 0.0
     augment: tuple = ("flip", "crop:4")
+    low_res: float = 0.0  # share of the epochs, from the first on, trained on images shrunk to 24×24 pixels
     accumulate: int = 1  # pieces a batch is cut into, one backward pass each
     clip: float | None = None  # largest gradient norm
     precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is "no" on a CPU
@@ -65,7 +67,7 @@ class TrainConfig:
         choose("precision", self.precision, ("auto", "no", "fp16", "bf16"))
         choose("penalty", self.penalty, slimming.PENALTIES)
         parse_augment(self.augment)
-        whole_numbers, below_1 = ("epochs", "batch_size", "accumulate"), ("label_smoothing", "momentum")
+        whole_numbers, below_1 = ("epochs", "batch_size", "accumulate"), ("label_smoothing", "momentum", "low_res")
         for name in (*whole_numbers, *below_1, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup"):
             value, whole, high = getattr(self, name), name in whole_numbers, 1 if name in below_1 else math.inf
             low = 1 if whole else 0
@@ -124,7 +126,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
     kind = lambda p: 0 if p.ndim == 4 else 1 if p.ndim > 1 else 2 if id(p) in norms else 3
     rest, decay = config.lr_other if config.optimizer == "muon" else config.lr, config.weight_decay
-    rates = (config.lr, decay), (rest, decay), (rest, 0), (rest * config.lr_bias, 0)
+    # A step takes lr × decay off a weight: dividing by lr_bias keeps that product.
+    bias = decay / config.lr_bias if config.decay_bias and config.lr_bias else 0
+    rates = (config.lr, decay), (rest, decay), (rest, 0), (rest * config.lr_bias, bias)
     groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay) for lr, decay in rates]
     for p in model.parameters():
         if p.requires_grad:
@@ -146,12 +150,12 @@ def lr_factor(step: int, total: int, warmup: int = 0, schedule: str = "cosine", 
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
 
 
-def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, trackers=()) -> Run:
+def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, trackers=(), every=1) -> Run:
     """Train, resume or load: the run in `folder` is finished and returned, whatever state it is in.
 
     `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each validation (for
-    epochs that are already done, at once). A checkpoint is written every epoch; a stopped run goes on from it
-    with the same results, bit for bit on a CPU. Raises WorkbookError if the folder holds a run with other
+    epochs that are already done, at once). A checkpoint is written after every `every` epochs; a stopped run goes
+    on from it with the same results, bit for bit on a CPU. Raises WorkbookError if the folder holds a run with other
     settings, or if the loss diverges.
     """
     folder, identity = Path(folder), dict(config=_plain(config), spec=_plain(model.spec), data=describe(split))
@@ -198,10 +202,11 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         stop = config.patience is not None and row["epoch"] - state["best"]["epoch"] >= config.patience
         state["finished"] = stop or row["epoch"] == config.epochs
         state["seconds"] += row["seconds"]
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and (state["finished"] or row["epoch"] % every == 0):
             state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
             write_run(folder, state | identity, accelerator.device)
+        if accelerator.is_main_process:
             print(
                 f"{folder.name} epoch {row['epoch']:3d}/{config.epochs}  lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  "
                 f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}  {row['seconds']:.0f} s",
@@ -237,6 +242,8 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
             group["lr"] = group["peak"] * factor
         pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
         for j, (xs, ys) in enumerate(pieces):
+            if epoch < config.low_res * config.epochs:
+                xs = F.interpolate(xs, size=24, mode="bilinear", antialias=True)
             with accelerator.no_sync(net) if j + 1 < len(pieces) else contextlib.nullcontext():
                 logits = net(xs).float()
                 loss = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing, reduction="sum")
@@ -262,17 +269,39 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, spec: Spec, batch_size: int = 500, accelerator=None) -> dict:
-    """Mean cross-entropy `loss` and `accuracy` (0..1, single view) of a model in eval mode."""
+def evaluate(model: nn.Module, images: Images, spec: Spec, batch_size: int = 500, accelerator=None, tta: int = 0) -> dict:
+    """Mean cross-entropy `loss`, `accuracy` and `top5` (0..1) of a model in eval mode; `tta` as in `views`."""
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes) if accelerator else {}
-    sums = torch.zeros(3, device=images.x.device)
+    sums = torch.zeros(4, device=images.x.device)
     model.eval()
     for x, y in Loader(images, spec, batch_size, shuffle=False, **share):
-        logits = model(x).float()
+        logits = views(model, x, tta)
+        hits = logits.topk(5).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)])
-    loss, correct, n = (accelerator.reduce(sums) if accelerator else sums).tolist()
-    return dict(loss=loss / n, accuracy=correct / n)
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(y), device=x.device)])
+    *sums, n = (accelerator.reduce(sums) if accelerator else sums).tolist()
+    return dict(zip(("loss", "accuracy", "top5"), (value / n for value in sums)))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images, spec: Spec, batch_size: int = 500, tta: int = 0) -> Tensor:
+    """Logits (N, classes) of a model in eval mode; `tta` as in `views`."""
+    model.eval()
+    return torch.cat([views(model, x, tta) for x, _ in Loader(images, spec, batch_size, shuffle=False)])
+
+
+def views(model, x: Tensor, tta: int = 0) -> Tensor:
+    """Logits averaged over views of x: 0 the images alone, 1 with their mirror images, 2 also shifted by a pixel.
+
+    Level 2 weighs the two diagonal shifts as much as the unshifted image (airbench, Jordan 2024): six views.
+    """
+    if tta == 0:
+        return model(x).float()
+    mirrored = (model(x).float() + model(x.flip(3)).float()) / 2
+    if tta == 1:
+        return mirrored
+    size, padded = x.shape[2], F.pad(x, (1, 1, 1, 1), "reflect")
+    return mirrored / 2 + sum(views(model, padded[:, :, at : at + size, at : at + size], 1) for at in (0, 2)) / 4
 
 
 def native_precision(precision: str) -> str:

@@ -180,13 +180,14 @@ def test_loader_shares_every_batch_among_processes(sample):
     assert torch.cat(parts).bincount().tolist() == images.y.bincount().tolist()
 
 
-def test_loader_depends_on_seed_and_epoch_alone(sample):
+@pytest.mark.parametrize("names", (("flip", "crop", "cutout"), ("altflip", "affine", "colour")))
+def test_loader_depends_on_seed_and_epoch_alone(sample, names):
     def epoch(seed, number):
-        loader = Loader(sample.train[:64], sample.spec, 16, ("flip", "crop", "cutout"), seed=seed)
+        loader = Loader(sample.train[:64], sample.spec, 16, names, seed=seed)
         loader.epoch = number
         return torch.cat([x for x, _ in loader])
 
-    loader = Loader(sample.train[:64], sample.spec, 16, ("flip", "crop", "cutout"), seed=1)
+    loader = Loader(sample.train[:64], sample.spec, 16, names, seed=1)
     first, second = (torch.cat([x for x, _ in loader]) for _ in range(2))
     assert torch.equal(first, epoch(1, 0)) and torch.equal(second, epoch(1, 1))
     assert not torch.equal(first, second) and not torch.equal(first, epoch(2, 0))
@@ -219,6 +220,38 @@ def test_cutout_blanks_at_most_one_square(sample):
     assert int(changed.flatten(1).sum(1).max()) <= 64 and int(changed.flatten(1).any(1).sum()) > 190
     rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
     assert int(rows.max()) <= 8 and int(columns.max()) <= 8
+
+
+def test_alternating_flip_shows_both_sides_in_two_epochs(sample):
+    loader = Loader(sample.train[:64], sample.spec, 16, ("altflip",), seed=1)
+    seen = []
+    for epoch in range(3):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1_000_003 + epoch))
+        seen.append(torch.empty(64, 3, 32, 32))
+        seen[-1][order] = torch.cat([x for x, _ in loader])
+    assert torch.equal(seen[0], seen[1].flip(3)) and torch.equal(seen[0], seen[2])
+    kept = (seen[0] == data.normalise(sample.train.x[:64], sample.spec)).flatten(1).all(1)
+    assert 16 < int(kept.sum()) < 48
+
+
+def test_affine_without_an_angle_only_scales(sample):
+    x = sample.train.x[:20]
+    out = data.affine(x, torch.Generator().manual_seed(0), 0)
+    assert out.dtype == torch.uint8 and out.shape == x.shape and not torch.equal(out, x)
+    grey = torch.full((4, 3, 32, 32), 90, dtype=torch.uint8)
+    assert torch.equal(data.affine(grey, torch.Generator().manual_seed(0), 45), grey)  # reflected borders: no black corners
+    dot = torch.zeros(50, 3, 32, 32, dtype=torch.uint8)
+    dot[:, :, 16, 30] = 255  # 15 pixels right of the centre
+    moved = data.affine(dot, torch.Generator().manual_seed(0), 30)[:, 0].flatten(1).argmax(1)
+    rows = torch.div(moved, 32, rounding_mode="floor")
+    assert int(rows.min()) < 14 and int(rows.max()) > 18, "rotations go both ways"
+
+
+def test_colour_keeps_a_grey_image_grey_and_strength_0_changes_nothing(sample):
+    x = sample.train.x[:20]
+    assert torch.equal(data.colour(x, torch.Generator().manual_seed(0), 0), x)
+    out = data.colour(torch.full((20, 3, 4, 4), 100, dtype=torch.uint8), torch.Generator().manual_seed(0), 30)
+    assert torch.equal(out[:, 0], out[:, 2]) and int(out.min()) >= 69 and int(out.max()) <= 131 and len(out.unique()) > 5
 
 
 @pytest.mark.parametrize("name", ("flop", "crop:x", "", 3))

@@ -134,6 +134,56 @@ def test_manifest_and_history_stand_beside_the_run(small, tmp_path):
     assert len((run.folder / "history.csv").read_text().splitlines()) == CONFIG.epochs + 1
 
 
+def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
+    seen = []
+
+    def hook(row):
+        path = tmp_path / "run" / "checkpoint.pt"
+        seen.append(len(train.load_checkpoint(path)["history"]) if path.exists() else 0)
+
+    fit(network(), small, dataclasses.replace(CONFIG, epochs=5), tmp_path / "run", on_epoch=hook, every=2)
+    assert seen == [0, 2, 2, 4, 5]
+
+
+def test_low_resolution_for_the_first_share_of_the_epochs(small, tmp_path):
+    sizes = []
+    model = network()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2]) if module.training else None)
+    fit(model, small, dataclasses.replace(CONFIG, epochs=4, batch_size=100, low_res=0.5), tmp_path / "run")
+    assert sizes == [24, 24, 32, 32]
+
+
+def test_views_are_weighted_means_of_shifted_and_mirrored_images(small):
+    x = torch.randn(4, 3, 32, 32)
+    seen = []
+    centre = lambda x: seen.append(x) or x[:, :, 16, 16]
+    assert torch.equal(train.views(centre, x), x[:, :, 16, 16])
+    assert torch.allclose(train.views(centre, x, 1), (x[:, :, 16, 16] + x[:, :, 16, 15]) / 2)
+    shifted = [(x[:, :, 16 + d, 16 + d] + x[:, :, 16 + d, 15 + d]) / 2 for d in (-1, 1)]
+    expected = (x[:, :, 16, 16] + x[:, :, 16, 15]) / 4 + sum(shifted) / 4
+    seen.clear()
+    assert torch.allclose(train.views(centre, x, 2), expected, atol=1e-6) and len(seen) == 6
+
+
+def test_predictions_agree_with_evaluate(small):
+    model = network()
+    for tta in (0, 2):
+        logits, scores = (
+            train.predict(model, small.val, small.spec, 7, tta),
+            train.evaluate(model, small.val, small.spec, tta=tta),
+        )
+        assert (logits.argmax(1) == small.val.y).float().mean().item() == pytest.approx(scores["accuracy"])
+        assert scores["accuracy"] <= scores["top5"] <= 1
+
+
+def test_biases_decay_as_fast_as_weights_if_asked():
+    config = TrainConfig(optimizer="muon", lr=0.1, lr_other=0.2, lr_bias=64, weight_decay=0.01)
+    for on in (False, True):
+        groups = train.make_optimizer(network(), dataclasses.replace(config, decay_bias=on)).param_groups
+        other, biases = groups[1], groups[3]
+        assert biases["lr"] * biases["weight_decay"] == pytest.approx(other["lr"] * other["weight_decay"] * on)
+
+
 def test_accumulation_gives_the_same_gradient(small):
     """Without BatchNorm in the way, two half batches weigh as much as one whole, also of uneven size."""
     x, y = next(iter(Loader(small.train, small.spec, 25, shuffle=False)))
