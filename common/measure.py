@@ -31,11 +31,17 @@ def _copy(model):
 
 
 @torch.no_grad()
-def macs(model: nn.Module) -> int:
-    """Multiply-accumulates of one forward pass of one image: torch's FLOP count divided by 2."""
+def macs(model: nn.Module, size: int = 32) -> int:
+    """Multiply-accumulates of one forward pass of one image of size×size: torch's FLOP count divided by 2."""
     with FlopCounterMode(display=False) as counter:
-        _copy(model)(torch.zeros(1, *IMAGE))
+        _copy(model)(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
+
+
+def pflops(model: nn.Module, images: int, epochs: float, low_res: float = 0.0) -> float:
+    """10^15 floating-point operations of a training: 6 × MACs an image (forward 2, backward 4), fewer at 24 pixels."""
+    low = round(low_res * epochs)
+    return 6e-15 * images * (low * macs(model, 24) + (epochs - low) * macs(model))
 
 
 def thop_macs(model: nn.Module) -> int:

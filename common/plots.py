@@ -93,6 +93,38 @@ def channels(before: dict, after: dict, ax=None):
     return ax
 
 
+def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
+    """A square matrix as colours (rows `ylabel`), with its numbers where there are at most 20 rows."""
+    n = len(values)
+    ax = _axes(ax, 5.5, 5)
+    picture = ax.imshow(values, cmap="Blues")
+    if n <= 20:
+        for i in range(n):
+            for j in range(n):
+                dark = values[i][j] > values.max() / 2
+                ax.text(j, i, f"{values[i][j]:.3g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+        ax.set_xticks(range(n), labels or range(n), rotation=60, ha="right", fontsize=7)
+        ax.set_yticks(range(n), labels or range(n), fontsize=7)
+    else:
+        ax.figure.colorbar(picture, ax=ax, shrink=0.8)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def ladder(values: dict, xlabel: str = "validation accuracy (%)", ax=None):
+    """Horizontal bars, one a rung from top to bottom, each with its value and its gain over the rung before."""
+    ax = _axes(ax, 6.5, 0.8 + 0.3 * len(values))
+    names, numbers = list(values), list(values.values())
+    gains = [""] + [f" ({b - a:+.2f})" for a, b in zip(numbers, numbers[1:])]
+    bars = ax.barh(range(len(names)), numbers, color="tab:blue", alpha=0.7)
+    ax.bar_label(bars, [f"{value:.2f}{gain}" for value, gain in zip(numbers, gains)], fontsize=8, padding=3)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.invert_yaxis()
+    low, high = min(numbers), max(numbers)
+    ax.set(xlabel=xlabel, xlim=(max(0, low - 0.5 * (high - low) - 1), high + 0.35 * (high - low) + 1))
+    return ax
+
+
 def sweep(x: list, lines: dict, xlabel: str, ylabel: str = "accuracy", chance: float | None = None, ax=None):
     """Several quantities over one swept parameter, with chance level as a dotted line."""
     ax = _axes(ax)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common import ROOT, WorkbookError, write_file
 from common.params import runs_folder
+from common.train import evaluate
 
 COLUMNS = {
     "params": ("parameters", "{:,}"),
@@ -44,6 +45,14 @@ def save_result(folder, **results) -> dict:
     manifest |= results
     write_file(path, json.dumps(manifest, indent=1))
     return manifest
+
+
+def tested(run, split, tta: int = 0) -> dict:
+    """Test loss, accuracy and top5 of a finished run: measured once, then kept in its manifest (`test`, `test_tta`)."""
+    key = "test_tta" if tta else "test"
+    if key not in run.manifest:
+        run.manifest = save_result(run.folder, **{key: evaluate(run.model, split.test, split.spec, tta=tta) | {"tta": tta}})
+    return run.manifest[key]
 
 
 def load_manifest(checkpoint) -> dict:

@@ -43,22 +43,22 @@ class TrainConfig:
     lr: float = 0.1  # peak learning rate
     lr_other: float = 0.1  # with "muon": peak learning rate of everything that is not a convolution
     lr_bias: float = 1.0  # learning rate of biases and betas, as a multiple of the others'
-    momentum: float = 0.9
+    momentum: float = 0.9  # of "sgd" and "muon"
     weight_decay: float = 5e-4  # on weights only: not on gammas, betas and biases
     decay_bias: bool = False  # biases and betas decay too, as fast as the other weights do
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # or "linear", "steps", "constant"; all but the last end near 0
     warmup: float = 0.0  # epochs of linear warm-up
-    milestones: tuple = (0.5, 0.75)  # with "steps": shares of the run after which lr falls tenfold
-    label_smoothing: float = 0.0
-    augment: tuple = ("flip", "crop:4")
+    milestones: tuple[float, ...] = (0.5, 0.75)  # with "steps": shares of the run after which lr falls tenfold
+    label_smoothing: float = 0.0  # share of the target spread over all classes
+    augment: tuple[str, ...] = ("flip", "crop:4")  # see common.data.AUGMENT
     low_res: float = 0.0  # share of the epochs, from the first on, trained on images shrunk to 24×24 pixels
     accumulate: int = 1  # pieces a batch is cut into, one backward pass each
     clip: float | None = None  # largest gradient norm
     precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is "no" on a CPU
     patience: int | None = None  # epochs without a better validation accuracy before stopping
     lam: float = 0.0  # L1 strength on the gammas of the inner prune groups
-    penalty: str = "subgradient"  # or "proximal"
-    seed: int = 0
+    penalty: str = "subgradient"  # how the L1 term acts: or "proximal", which reaches exact zeros
+    seed: int = 0  # order of images, augmentation, dropout
     init: str = "random"  # where the first weights come from: digest of a checkpoint's weights
 
     def __post_init__(self):
@@ -437,3 +437,9 @@ def load_model(path, expect: str | None = None) -> nn.Module:
     except RuntimeError:
         raise WorkbookError(f"the weights in {path} do not fit the {name!r} it describes; give another checkpoint") from None
     return model.eval()
+
+
+if __name__ == "__main__":
+    from common.cli import main
+
+    main()

@@ -1,0 +1,43 @@
+"""`python -m common.train`: a training from the command line; every field of `TrainConfig` is an option."""
+
+import sys
+from dataclasses import dataclass, fields
+
+import tyro
+
+from common import WorkbookError, data, models, params, report, train
+
+
+@dataclass(frozen=True)
+class Command(train.TrainConfig):
+    """Train a network on CIFAR and keep its run in runs/; the same command again resumes or loads it.
+
+    Several GPUs or machines: accelerate launch -m common.train, with the same options.
+    """
+
+    model: str = "resnet18"  # network: see common.models.MODELS
+    dataset: str = "cifar10"  # "cifar10", "cifar100" or "cifar10-sample"
+    width: float | None = None  # width of the network, where it has one; its own default otherwise
+    val: int | None = None  # images held out for validation; the data set's default otherwise
+    run: str | None = None  # name of the run's folder; <model>-<dataset> otherwise
+    every: int = 1  # epochs between checkpoints
+    trackers: tuple[str, ...] = ()  # "tensorboard", "mlflow", "wandb" or "trackio"
+    test: bool = False  # measure test accuracy at the end; do so when nothing is left to choose
+
+
+def main(arguments=None) -> None:
+    """Parse the command line, train, print the best epoch; a mistake ends in one line and exit status 1."""
+    try:
+        command = tyro.cli(Command, args=arguments, prog="python -m common.train")
+        config = train.TrainConfig(**{field.name: getattr(command, field.name) for field in fields(train.TrainConfig)})
+        split = data.load(command.dataset, command.val)
+        sized = {} if command.width is None else {"width": int(command.width) if command.width % 1 == 0 else command.width}
+        x = data.normalise(split.train.x[:5000], split.spec)
+        model = models.fresh(command.model, config.seed, x, classes=split.spec.classes, **sized)
+        folder = params.runs_folder() / (command.run or f"{command.model}-{command.dataset}")
+        run = train.fit(model, split, config, folder, trackers=command.trackers, every=command.every)
+        print(f"{folder}: best epoch {run.manifest['best']['epoch']}, validation {run.manifest['best']['val_accuracy']:.2%}")
+        if command.test:
+            print(f"test {report.tested(run, split)['accuracy']:.2%} (single view, n = 1)")
+    except WorkbookError as error:
+        sys.exit(f"error: {error}")

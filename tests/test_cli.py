@@ -1,0 +1,67 @@
+"""The command line, alone and on two processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common import ROOT, cli, params
+
+SMALL = "--model resnet17 --width 8 --dataset cifar10-sample --epochs 2 --batch-size 100 --lr 0.02 --augment flip crop:2"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_help_gives_units_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for option in ("--weight-decay", "--model", "images a step (default: 128)", "epochs of linear warm-up"):
+        assert option in text
+
+
+def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys):
+    for _ in range(2):
+        cli.main([*SMALL.split(), "--run", "one", "--test"])
+    first, second = capsys.readouterr().out.split("one: best epoch")[1:]
+    assert first.split("epoch")[0].splitlines()[:2] == second.splitlines()[:2], "the second call loads what the first trained"
+    manifest = json.loads((runs / "one" / "run.json").read_text())
+    assert manifest["config"]["augment"] == ["flip", "crop:2"] and manifest["spec"]["width"] == 8
+    assert 0 <= manifest["test"]["accuracy"] <= manifest["test"]["top5"] <= 1
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    (
+        ("--model resnet19", "unknown model 'resnet19'"),
+        ("--dataset mnist", "unknown dataset 'mnist'"),
+        ("--optimizer lion", "unknown optimizer 'lion'"),
+        ("--epochs 0", "epochs=0 is not legal"),
+        ("--model vgg16 --width 3", "'width'"),
+    ),
+)
+def test_mistakes_end_in_one_line(runs, words, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--dataset", "cifar10-sample", *words.split()])
+    assert message in str(stop.value) and str(stop.value).count("\n") == 0 and not list(runs.iterdir())
+
+
+def test_two_processes_learn_what_one_learns(runs):
+    """Two CPU processes (gloo), each with half of every batch; BatchNorm sees smaller batches, so only about the same."""
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    # Another free port than the default, which a second test run on this machine may be using.
+    launch += f" --main_process_port {params.os.getpid() % 20000 + 20000} -m common.train"
+    for words, name in ((launch, "two"), ("-m common.train", "one")):
+        command = [sys.executable, *words.split(), *SMALL.split(), "--epochs", "4", "--run", name]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert result.stdout.count("epoch   4/4") == 1, "only the main process prints"
+    one, two = (json.loads((runs / name / "run.json").read_text()) for name in ("one", "two"))
+    assert one["config"] == two["config"] and one["data"] == two["data"]
+    assert one["best"]["val_accuracy"] > 0.15 and abs(one["best"]["val_accuracy"] - two["best"]["val_accuracy"]) < 0.1
