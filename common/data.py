@@ -107,6 +107,12 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     return Split(Images(x[~held], y[~held]), Images(x[held], y[held]), Images(xt, yt), spec, names)
 
 
+def all_training(split: Split) -> Split:
+    """The split with its validation images among the training images: for a recipe that is frozen (`select="last"`)."""
+    both = Images(*(torch.cat([getattr(part, key) for part in (split.train, split.val)]) for key in "xy"))
+    return Split(both, split.val, split.test, split.spec, split.class_names)
+
+
 def class_names(spec: Spec) -> tuple:
     return CIFAR10_CLASSES if spec.classes == 10 else tuple(f"class {i}" for i in range(spec.classes))
 

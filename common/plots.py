@@ -111,11 +111,11 @@ def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
     return ax
 
 
-def ladder(values: dict, xlabel: str = "validation accuracy (%)", ax=None):
+def ladder(values: dict, gains: bool = True, xlabel: str = "validation accuracy (%)", ax=None):
     """Horizontal bars, one a rung from top to bottom, each with its value and its gain over the rung before."""
     ax = _axes(ax, 6.5, 0.8 + 0.3 * len(values))
     names, numbers = list(values), list(values.values())
-    gains = [""] + [f" ({b - a:+.2f})" for a, b in zip(numbers, numbers[1:])]
+    gains = [""] + [f" ({b - a:+.2f})" if gains else "" for a, b in zip(numbers, numbers[1:])]
     bars = ax.barh(range(len(names)), numbers, color="tab:blue", alpha=0.7)
     ax.bar_label(bars, [f"{value:.2f}{gain}" for value, gain in zip(numbers, gains)], fontsize=8, padding=3)
     ax.set_yticks(range(len(names)), names, fontsize=8)

@@ -55,6 +55,7 @@ class TrainConfig:
     accumulate: int = 1  # pieces a batch is cut into, one backward pass each
     clip: float | None = None  # largest gradient norm
     precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is "no" on a CPU
+    select: str = "best"  # whose weights are kept: of the "best" epoch on validation, or of the "last"
     patience: int | None = None  # epochs without a better validation accuracy before stopping
     lam: float = 0.0  # L1 strength on the gammas of the inner prune groups
     penalty: str = "subgradient"  # how the L1 term acts: or "proximal", which reaches exact zeros
@@ -66,6 +67,7 @@ class TrainConfig:
         choose("schedule", self.schedule, SCHEDULES)
         choose("precision", self.precision, ("auto", "no", "fp16", "bf16"))
         choose("penalty", self.penalty, slimming.PENALTIES)
+        choose("select", self.select, ("best", "last"))
         parse_augment(self.augment)
         whole_numbers, below_1 = ("epochs", "batch_size", "accumulate"), ("label_smoothing", "momentum", "low_res")
         for name in (*whole_numbers, *below_1, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup"):
@@ -196,7 +198,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         row["seconds"] = time.perf_counter() - started
         row["images_per_s"] = len(split.train) / row["seconds"]
         history.append(row)
-        if not state["best"] or row["val_accuracy"] > state["best"]["val_accuracy"]:
+        if not state["best"] or config.select == "last" or row["val_accuracy"] > state["best"]["val_accuracy"]:
             weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             state["best"] = dict(epoch=row["epoch"], val_accuracy=row["val_accuracy"], state_dict=weights)
         stop = config.patience is not None and row["epoch"] - state["best"]["epoch"] >= config.patience
