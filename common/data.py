@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common import ROOT, WorkbookError, choose, write_file
@@ -221,6 +221,21 @@ def read_sample() -> dict:
         arrays[f"y_{part}"] = np.array(labels[part], dtype=np.uint8)
     check(arrays, SPECS["cifar10-sample"], SAMPLE)
     return arrays
+
+
+def read_image(path) -> Tensor:
+    """Any picture file as one uint8 image (1, 3, 32, 32): turned upright, on white, the middle square, made smaller."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        # Some modes (16-bit grey, palettes with transparency) have no direct way to RGB.
+        picture = picture.point(lambda v: v / 256).convert("L") if picture.mode.startswith("I;16") else picture
+        picture = picture.convert("RGBA")
+    except (OSError, ValueError) as error:
+        reason = type(error).__name__
+        raise WorkbookError(f"{path} cannot be read as a picture ({reason}); give a PNG, JPEG or WebP file") from None
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    pixels = np.array(ImageOps.fit(picture, (32, 32), Image.Resampling.BOX))
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
 
 
 def normalise(x: Tensor, spec: Spec) -> Tensor:

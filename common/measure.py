@@ -5,9 +5,15 @@ import copy
 import io
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import thop
 import torch
@@ -15,6 +21,7 @@ import torchsummary
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.models.groups import Whiten
 from common.train import save_model
 
 IMAGE = (3, 32, 32)
@@ -46,7 +53,8 @@ def pflops(model: nn.Module, images: int, epochs: float, low_res: float = 0.0) -
 
 def thop_macs(model: nn.Module) -> int:
     """The count of the thop package, which adds BatchNorm and pooling and misses functional convolutions."""
-    return int(thop.profile(_copy(model), (torch.zeros(1, *IMAGE),), verbose=False)[0])
+    rules = {Whiten: thop.vision.basic_hooks.count_convNd}  # thop knows layers by their exact type
+    return int(thop.profile(_copy(model), (torch.zeros(1, *IMAGE),), custom_ops=rules, verbose=False)[0])
 
 
 def summary(model: nn.Module) -> str:
@@ -78,6 +86,14 @@ def latency(model: nn.Module, batch_size: int = 1, repeats: int = 50, warmup: in
         torch.set_num_threads(before)
     deciles = statistics.quantiles(times[warmup:], n=10)
     return dict(median=statistics.median(times[warmup:]), p10=deciles[0], p90=deciles[-1])
+
+
+def peak_memory() -> float:
+    """Largest memory taken so far, in GB: of the GPU by tensors, without one of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else float("nan")
 
 
 def file_bytes(model: nn.Module) -> int:

@@ -254,6 +254,36 @@ def test_colour_keeps_a_grey_image_grey_and_strength_0_changes_nothing(sample):
     assert torch.equal(out[:, 0], out[:, 2]) and int(out.min()) >= 69 and int(out.max()) <= 131 and len(out.unique()) > 5
 
 
+@pytest.mark.parametrize("size", ((32, 32), (7, 300), (1000, 20), (1, 1)))
+@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"))
+def test_any_picture_becomes_one_image(tmp_path, mode, size):
+    path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr", "I;16", "F") else "picture.png")
+    Image.new(mode, size, 65535 if mode == "I;16" else 255 if mode in ("L", "P", "F", "1") else None).save(path)
+    x = data.read_image(path)
+    assert x.shape == (1, 3, 32, 32) and x.dtype == torch.uint8
+    if mode in ("1", "L", "I;16", "F"):
+        assert int(x.min()) >= 254, "white stays white"
+
+
+def test_transparent_is_white_and_turned_pictures_are_turned_back(tmp_path):
+    Image.new("RGBA", (50, 50), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert int(data.read_image(tmp_path / "clear.png").min()) == 255
+    upright = Image.new("RGB", (64, 64), "black")
+    upright.paste("white", (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    upright.rotate(180).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    x = data.read_image(tmp_path / "turned.jpg").float().mean((0, 1, 3))
+    assert x[:14].min() > 200 and x[18:].max() < 50
+
+
+def test_no_picture_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    for name in ("text.png", "missing.png"):
+        with pytest.raises(WorkbookError, match=f"{name} cannot be read"):
+            data.read_image(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ("flop", "crop:x", "", 3))
 def test_unknown_augmentation_is_rejected(name, sample):
     with pytest.raises(WorkbookError, match="augmentation"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import measure
+from common.models import build
 from tests.conftest import warmed
 
 
@@ -45,3 +46,17 @@ def test_latency_is_ordered_and_restores_threads():
 def test_profile_has_every_column():
     row = measure.profile(warmed("resnet17", width=4), repeats=5)
     assert set(row) == {"params", "macs", "latency_1", "latency_64", "bytes"} and row["bytes"] > 4 * row["params"]
+
+
+def test_peak_memory_grows_with_what_is_used():
+    before = measure.peak_memory()
+    block = torch.ones(200_000_000)
+    assert measure.peak_memory() >= max(before, 0.8) and block.sum() > 0
+
+
+def test_pflops_count_low_resolution_epochs_cheaper():
+    model = build("fastnet", width=8)
+    whole = measure.pflops(model, 1000, 4)
+    assert whole == pytest.approx(6e-15 * 4000 * measure.macs(model))
+    assert measure.pflops(model, 1000, 4, 0.5) == pytest.approx(6e-15 * 2000 * (measure.macs(model) + measure.macs(model, 24)))
+    assert measure.macs(model, 24) < 0.6 * measure.macs(model)

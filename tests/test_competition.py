@@ -1,0 +1,81 @@
+"""Competition files: any size works, no code runs."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from common import WorkbookError, competition, train
+from common.data import Images
+from common.models import build
+
+
+def dump(path, content, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def pictures(n):
+    return np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("n", (1, 7))
+def test_reads_what_pickle_writes(tmp_path, n, protocol):
+    x = pictures(n)
+    read = competition.read_images(dump(tmp_path / "test.pkl", {b"data": x}, protocol))
+    assert read.dtype == torch.uint8 and np.array_equal(read.permute(0, 2, 3, 1).numpy(), x)
+
+
+def test_submission_of_100_000_images(tmp_path, sample):
+    path = dump(tmp_path / "test.pkl", {b"data": np.broadcast_to(pictures(1), (100_000, 32, 32, 3)).copy(), b"ids": [1, 2]})
+    x = competition.read_images(path)
+    labels = torch.arange(len(x)) % 10
+    lines = competition.write_submission(tmp_path / "submission.csv", labels).read_text().splitlines()
+    assert lines[0] == "ID,Labels" and lines[1] == "0,0" and lines[-1] == "99999,9" and len(lines) == 100_001
+
+
+def test_predictions_of_one_image_make_one_line(tmp_path, sample):
+    x = competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(1)}))
+    logits = train.predict(build("fastnet", width=4), Images(x, torch.zeros(len(x), dtype=torch.long)), sample.spec, tta=2)
+    lines = competition.write_submission(tmp_path / "submission.csv", logits.argmax(1)).read_text().splitlines()
+    assert lines == ["ID,Labels", f"0,{int(logits.argmax())}"]
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", (os.system, eval, exec, getattr, open))
+def test_hostile_file_is_refused_and_does_nothing(tmp_path, function):
+    mark = tmp_path / "mark"
+    words = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')", exec: f"open({str(mark)!r}, 'w')"}
+    arguments = (words[function],) if function in words else (str(mark), "w") if function is open else (1, "real")
+    path = dump(tmp_path / "test.pkl", {b"data": pictures(1), b"more": Hostile(function, *arguments)})
+    with pytest.raises(WorkbookError, match="not admitted.*asks for"):
+        competition.read_images(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ([1, 2], {}, {b"data": "text"}, {b"data": np.zeros((2, 32, 32, 3))}, {b"data": pictures(2)[:, :, :, :1]},
+                {b"data": pictures(0)}, {b"data": np.array([None])}),
+)  # fmt: skip
+def test_other_content_is_named(tmp_path, content):
+    with pytest.raises(WorkbookError, match=r"\(N, 32, 32, 3\)"):
+        competition.read_images(dump(tmp_path / "test.pkl", content))
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(WorkbookError, match="does not exist"):
+        competition.read_images(tmp_path / "none.pkl")
+    path = dump(tmp_path / "test.pkl", {b"data": pictures(3)})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WorkbookError, match="not admitted"):
+        competition.read_images(path)
