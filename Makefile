@@ -1,14 +1,15 @@
-# make demo | make test | make lab2 SCALE=quick|laptop|full | make bench | make clean
+# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make bench | make clean
 SCALE ?= quick
 VENV ?= .venv
 RUNS_DIR ?= runs
 PYTHON ?= python3
 BIN := $(CURDIR)/$(VENV)/bin
+LAB1 := baseline advanced speedrun under_5m cifar100
 LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test lab2 bench clean
+.PHONY: demo test lab1 lab2 assignment bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,13 +24,23 @@ demo: $(VENV)/installed
 	@echo; ls runs/demo/notebooks/*.ipynb runs/demo/reports/*.md
 
 # Each notebook hands its network to the next; a stopped chain goes on where it was.
+lab1: $(VENV)/installed
+	@$(call run,Lab1,$(LAB1))
+
 lab2: $(VENV)/installed
-	@mkdir -p $(RUNS_DIR)/notebooks
-	@for name in $(LAB2); do \
-		echo "Lab2/$$name.ipynb, scale $(SCALE)"; \
-		$(BIN)/papermill Lab2/$$name.ipynb $(RUNS_DIR)/notebooks/$$name-$(SCALE).ipynb -p scale $(SCALE) \
+	@$(call run,Lab2,$(LAB2))
+
+assignment: $(VENV)/installed
+	@$(call run,Assignment_MobileNet,hyperparameter_study)
+
+define run
+	mkdir -p $(RUNS_DIR)/notebooks; \
+	for name in $(2); do \
+		echo "$(1)/$$name.ipynb, scale $(SCALE)"; \
+		$(BIN)/papermill $(1)/$$name.ipynb $(RUNS_DIR)/notebooks/$$name-$(SCALE).ipynb -p scale $(SCALE) \
 			--log-output --log-level WARNING --no-progress-bar || exit 1; \
 	done
+endef
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

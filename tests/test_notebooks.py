@@ -33,6 +33,11 @@ def papermill(notebook, folder, *parameters):
 @pytest.mark.parametrize(
     "notebook,name,value,message",
     (
+        ("Lab1/baseline.ipynb", "epochs", "0", "epochs=0"),
+        ("Lab1/advanced.ipynb", "strength", "stronk", "did you mean 'strong'"),
+        ("Lab1/speedrun.ipynb", "seeds", "0.5", "seeds=0.5"),
+        ("Lab1/under_5m.ipynb", "final", "vgg16", "seresnet44, fastnet"),
+        ("Lab1/cifar100.ipynb", "dropout", "1", "dropout=1"),
         ("Lab2/modelprune.ipynb", "ratio", "1.5", "ratio=1.5"),
         ("Lab2/modelprune.ipynb", "ratoi", "0.7", "did you mean 'ratio'"),
         ("Lab2/sparsity_train.ipynb", "scale", "huge", "quick, laptop, full"),
