@@ -59,6 +59,7 @@ class TrainConfig:
     patience: int | None = None  # epochs without a better validation accuracy before stopping
     lam: float = 0.0  # L1 strength on the gammas of the inner prune groups
     penalty: str = "subgradient"  # how the L1 term acts: or "proximal", which reaches exact zeros
+    watch: str | None = None  # parameter whose gradient norm is recorded, before clipping, as the mean over an epoch's steps
     seed: int = 0  # order of images, augmentation, dropout
     init: str = "random"  # where the first weights come from: digest of a checkpoint's weights
 
@@ -234,7 +235,9 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
     """
     epoch, total = loader.epoch, config.epochs * len(loader)
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout depends on the epoch alone, so a resumed run repeats it
-    sums = torch.zeros(4, device=accelerator.device)  # loss, correct, images, gradient norm
+    sums = torch.zeros(5, device=accelerator.device)  # loss, correct, images, gradient norm, norm of the watched gradient
+    named = dict(model.named_parameters())
+    watched = named[choose("parameter", config.watch, named)] if config.watch else None
     gammas = slimming.gammas(model) if config.lam else []
     quiet = not accelerator.is_main_process
     net.train()
@@ -251,7 +254,10 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
                 loss = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing, reduction="sum")
                 accelerator.backward(loss / len(x))
             sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == ys).sum(), torch.tensor(len(ys), device=x.device)])
-        sums[3] += accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+        norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)  # unscales, and returns the norm before
+        sums[3] += norm
+        if config.watch:
+            sums[4] += watched.grad.norm() * (norm / (config.clip or math.inf)).clamp(min=1)  # as it was before clipping
         if config.penalty == "subgradient":
             slimming.add_subgradient(gammas, config.lam)
         if on_grad:
@@ -262,12 +268,13 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
             inertia = 1 - config.momentum if config.optimizer != "adam" else 1
             slimming.shrink(gammas, config.lam * optimizer.param_groups[2]["lr"] / inertia)
         optimizer.zero_grad()
-    norm = sums[3].item() / len(loader)
-    loss, correct, images, _ = accelerator.reduce(sums).tolist()
+    norms = dict(zip(("grad_norm", "watched_norm"), (sums[3:] / len(loader)).tolist()))
+    loss, correct, images, *_ = accelerator.reduce(sums).tolist()
     if not math.isfinite(loss):
         raise WorkbookError(f"the loss became {loss} in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0")
     lr = optimizer.param_groups[0]["lr"]
-    return dict(lr=lr, train_loss=loss / images, train_accuracy=correct / images, grad_norm=norm)
+    row = dict(lr=lr, train_loss=loss / images, train_accuracy=correct / images, **norms)
+    return row if config.watch else {k: v for k, v in row.items() if k != "watched_norm"}
 
 
 @torch.no_grad()

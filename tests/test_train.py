@@ -184,6 +184,21 @@ def test_biases_decay_as_fast_as_weights_if_asked():
         assert biases["lr"] * biases["weight_decay"] == pytest.approx(other["lr"] * other["weight_decay"] * on)
 
 
+def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
+    def fitted(name, **changes):
+        seen = []
+        config = dataclasses.replace(CONFIG, epochs=1, batch_size=100, watch="blocks.0.conv2.weight", **changes)
+        run = fit(network(), small, config, tmp_path / name, on_grad=lambda m: seen.append(m.blocks[0].conv2.weight.grad.norm()))
+        return run.history[0]["watched_norm"], float(seen[0])
+
+    recorded, free = fitted("free")
+    assert recorded == pytest.approx(free)
+    again, clipped = fitted("clipped", clip=1e-3)
+    assert again == pytest.approx(free, rel=1e-4) and clipped < 1e-3 < free
+    with pytest.raises(WorkbookError, match="unknown parameter 'blocks.0.conv9.weight'.*did you mean"):
+        fit(network(), small, dataclasses.replace(CONFIG, watch="blocks.0.conv9.weight"), tmp_path / "unknown")
+
+
 def test_accumulation_gives_the_same_gradient(small):
     """Without BatchNorm in the way, two half batches weigh as much as one whole, also of uneven size."""
     x, y = next(iter(Loader(small.train, small.spec, 25, shuffle=False)))

@@ -1,0 +1,249 @@
+"""A study: a fixed list of configurations × seeds, each run exactly once, however many workers take part (Optuna).
+
+`python -m common.sweep Assignment_MobileNet/study.yaml --workers 2`; a second machine joins by running the same
+command on the same storage.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import optuna
+import tyro
+import yaml
+from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from common import WorkbookError, choose, data, models, params, train
+
+CONFIG = {field.name for field in dataclasses.fields(train.TrainConfig)}
+SECTIONS = ("name", "base", "seeds", "configurations")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked: `runs` maps `configuration/seed` to the complete settings of a run."""
+
+    name: str
+    runs: dict
+
+
+def read(path) -> Study:
+    """Read a study file (YAML): its name, `base` settings, `seeds`, and what each of `configurations` changes.
+
+    Settings are the fields of `TrainConfig`, `model`, `dataset`, `val`, and the arguments of the network. A
+    configuration may have `seeds` of its own. Every network is built once, small as it may be, so that a mistake
+    shows before anything runs. Raises WorkbookError naming an unknown key, a duplicate or an illegal value.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise WorkbookError(f"study file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or set(content) != set(SECTIONS):
+        odd = sorted(set(content) ^ set(SECTIONS)) if isinstance(content, dict) else "no keys"
+        raise WorkbookError(f"study file {path} must have exactly the keys {', '.join(SECTIONS)}; look at: {odd}")
+    runs, seen = {}, {}
+    for name, changes in content["configurations"].items():
+        settings = {**content["base"], **(changes or {})}
+        seeds = settings.pop("seeds", content["seeds"])
+        try:
+            check(settings)
+        except WorkbookError as error:
+            raise WorkbookError(f"study file {path}, configuration {name!r}: {error}") from None
+        twin = seen.setdefault(json.dumps(settings, sort_keys=True), name)
+        if twin != name or len(set(seeds)) < len(seeds):
+            other = f"configurations {twin!r} and {name!r} are" if twin != name else f"seeds of {name!r} hold"
+            raise WorkbookError(f"study file {path}: {other} duplicates; remove one")
+        runs |= {f"{name}/{seed}": {**settings, "seed": seed} for seed in seeds}
+    return Study(content["name"], runs)
+
+
+def check(settings: dict) -> None:
+    """Raise WorkbookError for an unknown key or an illegal value of a run's settings."""
+    name = choose("model", settings.get("model"), models.MODELS)
+    own = set(inspect.signature(models.MODELS[name]).parameters) - {"cfg", "classes"}
+    for key in settings:
+        choose("key", key, sorted(CONFIG | {"model", "dataset", "val"} | own))
+    choose("dataset", settings.get("dataset"), data.SPECS)
+    models.build(**parts(settings)[1])
+
+
+def parts(settings: dict) -> tuple:
+    """The `TrainConfig` of a run's settings, and the arguments of its network."""
+    settings = {key: tuple(v) if isinstance(v, list) and key in CONFIG else v for key, v in settings.items()}
+    config = train.TrainConfig(**{key: settings[key] for key in settings if key in CONFIG})
+    network = {key: settings[key] for key in settings if key not in CONFIG | {"model", "dataset", "val"}}
+    return config, dict(name=settings["model"], classes=data.SPECS[settings["dataset"]].classes, **network)
+
+
+load = functools.lru_cache(data.load)
+
+
+def open_study(study: Study, storage: str | None = None, heartbeat: int = 30) -> optuna.Study:
+    """The Optuna study in `storage`, with every run of the file enqueued.
+
+    `storage`: a database URL (with heartbeat every `heartbeat` seconds; a trial silent for four of them is queued
+    again), or "journal:PATH" for a file on a shared disk; default sqlite in runs/. Raises WorkbookError if it
+    cannot be reached, or holds runs of other settings under the same names.
+    """
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeat and retry are
+    folder = params.runs_folder()
+    url = storage or f"sqlite:///{folder / study.name}.db"
+    try:
+        if url.startswith("journal:"):
+            path = Path(url.removeprefix("journal:"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            backend = JournalStorage(JournalFileBackend(str(path)))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+            retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+            beat = dict(heartbeat_interval=heartbeat, grace_period=4 * heartbeat, heartbeat_stale_trial_callback=retry)
+            backend = RDBStorage(url, waiting, **beat)
+        opened = optuna.create_study(storage=backend, study_name=study.name, direction="maximize", load_if_exists=True)
+    except Exception as error:  # each database and driver has errors of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WorkbookError(f"storage {url} cannot be reached ({reason}); check the address, or leave it out") from None
+    trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
+    for trial in trials:
+        key, saved = trial.user_attrs["key"], trial.user_attrs["settings"]
+        wanted = study.runs.get(key, saved)
+        if odd := [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]:
+            raise WorkbookError(
+                f"storage {url} holds a study {study.name!r} whose run {key!r} has {odd[0]}={saved.get(odd[0])!r}, not "
+                f"{wanted.get(odd[0])!r}; change the study's name or the storage"
+            )
+    known = {trial.user_attrs["key"] for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs}
+    for key, settings in study.runs.items():
+        if key not in known:  # two machines may both get here; `objective` lets the first of equal trials run
+            opened.enqueue_trial({}, user_attrs={"key": key, "settings": settings})
+    return opened
+
+
+def requeue(opened: optuna.Study) -> list:
+    """Queue again failed trials, and running ones whose worker is not a living process of this machine; their keys."""
+    again = {}
+    for trial in opened.get_trials(deepcopy=False):
+        host, _, pid = trial.user_attrs.get("worker", ":0").rpartition(":")
+        alive = host == socket.gethostname() and Path(f"/proc/{pid}").exists()
+        if trial.state == TrialState.RUNNING and not alive:
+            opened.tell(trial.number, state=TrialState.FAIL)
+        if trial.state == TrialState.FAIL or (trial.state == TrialState.RUNNING and not alive):
+            again[trial.user_attrs.get("key")] = trial.user_attrs
+    done = {trial.user_attrs.get("key") for trial in opened.get_trials(deepcopy=False) if trial.state != TrialState.FAIL}
+    keys = [key for key in again if key and key not in done]
+    for key in keys:
+        opened.enqueue_trial({}, user_attrs={"key": key, "settings": again[key]["settings"]})
+    return keys
+
+
+def objective(trial: optuna.Trial) -> float:
+    """Train one run, or go on with it: best validation accuracy; history and manifest are kept with the trial."""
+    key = trial.user_attrs.get("key")
+    others = [t for t in trial.study.get_trials(deepcopy=False) if t.number < trial.number and t.user_attrs.get("key") == key]
+    if key is None or any(t.state != TrialState.FAIL for t in others):
+        raise optuna.TrialPruned("nothing left to run, or another trial has this run")
+    trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+    try:
+        settings = trial.user_attrs["settings"]
+        config, network = parts(settings)
+        split = load(settings["dataset"], settings.get("val"))
+        model = models.fresh(seed=config.seed, x=data.normalise(split.train.x[:5000], split.spec), **network)
+        report = lambda row: trial.report(row["val_accuracy"], row["epoch"])
+        run = train.fit(model, split, config, params.runs_folder() / trial.study.study_name / key, on_epoch=report)
+    except Exception as error:
+        trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+        raise
+    columns = {name: [float(f"{row[name]:.5g}") for row in run.history] for name in run.history[0]}
+    trial.set_user_attr("history", columns)
+    trial.set_user_attr("manifest", run.manifest)
+    return run.manifest["best"]["val_accuracy"]
+
+
+def work(opened: optuna.Study, heartbeat: int = 30) -> None:
+    """Run waiting trials until none waits; then stay while others run, in case one of them dies."""
+    count = lambda *states: len(opened.get_trials(deepcopy=False, states=states))
+    while count(TrialState.WAITING, TrialState.RUNNING):
+        if count(TrialState.WAITING):
+            opened.optimize(objective, n_trials=1, catch=(Exception,))
+        elif isinstance(opened._storage, JournalStorage):
+            return  # no heartbeat: nobody would know
+        else:
+            time.sleep(heartbeat)
+            optuna.storages.fail_stale_trials(opened)
+
+
+def results(opened: optuna.Study, study: Study) -> dict:
+    """By key, for every run of the study: its state, and for a finished one `history` (rows) and `manifest`."""
+    found = {key: dict(state="not run") for key in study.runs}
+    for trial in opened.get_trials(deepcopy=False):
+        key, state = trial.user_attrs.get("key"), trial.state.name.lower()
+        if key not in found or trial.state == TrialState.PRUNED or found[key]["state"] == "complete":
+            continue
+        found[key] = dict(state={"waiting": "not run"}.get(state, state), error=trial.user_attrs.get("error"))
+        if trial.state == TrialState.COMPLETE:
+            columns = trial.user_attrs["history"]
+            rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            found[key] |= dict(
+                history=[row | {"epoch": int(row["epoch"])} for row in rows], manifest=trial.user_attrs["manifest"]
+            )
+    return found
+
+
+def main(
+    file: Annotated[str, tyro.conf.Positional],
+    workers: int = 2,
+    threads: int | None = None,
+    storage: str | None = None,
+    requeue: bool = False,
+    heartbeat: int = 30,
+) -> None:
+    """Run a study; the same command again, here or on another machine, goes on with what is left.
+
+    Args:
+        file: study file (YAML).
+        workers: processes on this machine.
+        threads: threads of each; by default the cores are shared out.
+        storage: sqlite:///PATH, postgresql://…, mysql://… or journal:PATH; sqlite in runs/ by default.
+        requeue: first queue again what has failed, and what a worker that is gone left behind.
+        heartbeat: seconds between two signs of life; after four without one, a trial is queued again.
+    """
+    study = read(file)
+    opened = open_study(study, storage, heartbeat)
+    if requeue:
+        print("queued again:", ", ".join(globals()["requeue"](opened)) or "nothing")
+    if workers == 1:
+        import torch
+
+        torch.set_num_threads(threads or torch.get_num_threads())
+        work(opened, heartbeat)
+    else:
+        threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        words = [sys.executable, "-m", "common.sweep", file, "--workers", "1", "--threads", str(threads)]
+        words += ["--heartbeat", str(heartbeat)] + (["--storage", storage] if storage else [])
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        for process in [subprocess.Popen(words, env=environment) for _ in range(workers)]:
+            process.wait()
+    states = [run["state"] for run in results(opened, study).values()]
+    if workers > 1 or threads is None:
+        print(f"{study.name}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
+
+
+if __name__ == "__main__":
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    try:
+        tyro.cli(main, prog="python -m common.sweep")
+    except WorkbookError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,232 @@
+"""Studies: each run exactly once, whatever happens to the workers."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from common import ROOT, WorkbookError, sweep
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+STUDY = dict(
+    name="small",
+    base=dict(model="mobilenet", width=0.05, dataset="cifar10-sample", epochs=2, batch_size=500, augment=["flip"], lr=0.05),
+    seeds=[0, 1],
+    configurations=dict(plain=None, decay=dict(weight_decay=0.01)),
+)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def write(folder, **changes):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    return path
+
+
+def base(**changes):
+    return dict(base=STUDY["base"] | changes)
+
+
+def start(path, *words, **environment):
+    command = [sys.executable, "-m", "common.sweep", str(path), "--heartbeat", "1", *words]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+
+
+def states(opened):
+    return [trial.state for trial in opened.get_trials() if "key" in trial.user_attrs]
+
+
+def plain(history):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history]
+
+
+def test_every_run_once_and_never_again(runs, tmp_path):
+    study = sweep.read(write(tmp_path))
+    assert sorted(study.runs) == ["decay/0", "decay/1", "plain/0", "plain/1"]
+    opened = sweep.open_study(study)
+    assert all(run["state"] == "not run" for run in sweep.results(opened, study).values())
+    sweep.work(opened)
+    found = sweep.results(opened, study)
+    assert all(run["state"] == "complete" and len(run["history"]) == 2 for run in found.values())
+    assert found["decay/1"]["manifest"]["config"]["weight_decay"] == 0.01 and found["decay/1"]["manifest"]["config"]["seed"] == 1
+    again = sweep.open_study(study)
+    sweep.work(again)
+    assert states(again) == [TrialState.COMPLETE] * 4
+
+
+def test_a_file_that_grew_adds_its_new_runs(runs, tmp_path):
+    sweep.work(sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0]))))
+    opened = sweep.open_study(sweep.read(write(tmp_path, seeds=[0])))
+    assert states(opened) == [TrialState.COMPLETE, TrialState.WAITING]
+
+
+def test_runs_that_two_machines_enqueued_at_once_run_once(runs, tmp_path):
+    study = sweep.read(write(tmp_path, seeds=[0]))
+    opened = sweep.open_study(study)
+    for key, settings in study.runs.items():
+        opened.enqueue_trial({}, user_attrs={"key": key, "settings": settings})
+    sweep.work(opened)
+    assert sorted(state.name for state in states(opened)) == ["COMPLETE"] * 2 + ["PRUNED"] * 2
+    assert all(run["state"] == "complete" for run in sweep.results(opened, study).values())
+
+
+def kill_one_of_two(path, folder, storage, words, **environment):
+    """Two workers; one dies by kill -9 with a run at hand and its first checkpoint written; then a third joins."""
+    study = sweep.read(path)
+    opened = sweep.open_study(study, storage, 1)
+    workers = [start(path, "--workers", "1", "--threads", "1", *words, **environment) for _ in range(2)]
+    deadline = time.monotonic() + 120
+    victim = None
+    while victim is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for trial in opened.get_trials(states=(TrialState.RUNNING,)):
+            pid = int(trial.user_attrs.get("worker", ":0").rpartition(":")[2])
+            started = (folder / study.name / trial.user_attrs["key"] / "checkpoint.pt").exists()
+            victim = (trial.user_attrs["key"], pid) if started and pid == workers[0].pid else victim
+    assert victim, "the first worker never had a run at hand"
+    os.kill(victim[1], signal.SIGKILL)
+    workers[0].wait()
+    return study, victim[0], [workers[1], start(path, "--workers", "1", "--threads", "1", *words, **environment)]
+
+
+def compare_with_undisturbed(study, opened, tmp_path, monkeypatch):
+    found = sweep.results(opened, study)
+    complete = [t.user_attrs["key"] for t in opened.get_trials(states=(TrialState.COMPLETE,))]
+    assert sorted(complete) == sorted(study.runs), "each run finished exactly once"
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "undisturbed"))
+    calm = sweep.open_study(study)
+    threads = sweep.train.torch.get_num_threads()
+    sweep.train.torch.set_num_threads(1)
+    sweep.work(calm)
+    sweep.train.torch.set_num_threads(threads)
+    for key, run in sweep.results(calm, study).items():
+        assert plain(run["history"]) == plain(found[key]["history"]), f"{key} differs from an undisturbed run"
+
+
+def test_killed_worker_of_two_costs_nothing(runs, tmp_path, monkeypatch):
+    path = write(tmp_path, **base(epochs=5, batch_size=100))
+    study, victim, workers = kill_one_of_two(path, runs, None, (), RUNS_DIR=str(runs))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    opened = sweep.open_study(study)
+    tries = [t.state.name for t in opened.get_trials() if t.user_attrs.get("key") == victim]
+    assert sorted(tries) == ["COMPLETE", "FAIL"], "the killed worker's run was queued again"
+    compare_with_undisturbed(study, opened, tmp_path, monkeypatch)
+
+
+def test_journal_has_no_heartbeat_and_requeue_returns_what_is_left(runs, tmp_path, monkeypatch):
+    path, storage = write(tmp_path, **base(epochs=5, batch_size=100)), f"journal:{tmp_path / 'journal.log'}"
+    study, victim, workers = kill_one_of_two(path, runs, storage, ("--storage", storage), RUNS_DIR=str(runs))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    opened = sweep.open_study(study, storage)
+    assert sweep.results(opened, study)[victim]["state"] == "running", "nobody noticed"
+    assert sweep.requeue(opened) == [victim] and sweep.requeue(opened) == []
+    threads = sweep.train.torch.get_num_threads()
+    sweep.train.torch.set_num_threads(1)
+    sweep.work(opened)
+    sweep.train.torch.set_num_threads(threads)
+    compare_with_undisturbed(study, opened, tmp_path, monkeypatch)
+
+
+def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
+    configurations = dict(broken=dict(lr=1e30, optimizer="sgd"), plain=None)
+    study = sweep.read(write(tmp_path, configurations=configurations, seeds=[0]))
+    opened = sweep.open_study(study)
+    sweep.work(opened)
+    found = sweep.results(opened, study)
+    assert found["plain/0"]["state"] == "complete" and found["broken/0"]["state"] == "fail"
+    assert "WorkbookError: the loss became" in found["broken/0"]["error"]
+    again = sweep.open_study(study)
+    assert states(again) == states(opened), "a run that failed by itself is not repeated unasked"
+    assert sweep.requeue(again) == ["broken/0"]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    (
+        (base(lrr=0.1), "unknown key 'lrr'.*did you mean 'lr'"),
+        (base(depth=3), "unknown key 'depth'"),
+        (base(activation="sigmiod"), "unknown activation 'sigmiod'.*'sigmoid'"),
+        (base(activation_at={"sigmoid": [13]}), "block 13 is out of range"),
+        (base(lr=-1), "lr=-1 is not legal"),
+        (base(model="mobilnet"), "unknown model 'mobilnet'"),
+        (dict(configurations=dict(a=None, b=dict(lr=0.05))), "'a' and 'b' are duplicates"),
+        (dict(seeds=[1, 1]), "seeds of 'decay' hold duplicates"),
+        (dict(sedes=[1]), "exactly the keys.*sedes"),
+    ),
+)
+def test_mistakes_in_the_file_are_named(tmp_path, changes, message):
+    with pytest.raises(WorkbookError, match=message) as error:
+        sweep.read(write(tmp_path, **changes))
+    assert str(error.value).count("\n") == 0
+
+
+def test_unreadable_files_and_storages_are_named(runs, tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: [")
+    for name in ("bad.yaml", "missing.yaml"):
+        with pytest.raises(WorkbookError, match=f"{name} cannot be read"):
+            sweep.read(tmp_path / name)
+    study = sweep.read(write(tmp_path))
+    for url in ("sqlite:////proc/none/x.db", "postgresql://nobody@127.0.0.1:1/none", "nonsense"):
+        with pytest.raises(WorkbookError, match="cannot be reached") as error:
+            sweep.open_study(study, url)
+        assert str(error.value).count("\n") == 0
+
+
+def test_another_study_in_the_same_storage_is_refused(runs, tmp_path):
+    opened = sweep.open_study(sweep.read(write(tmp_path)))
+    before = [(t.number, t.state, t.user_attrs) for t in opened.get_trials()]
+    with pytest.raises(WorkbookError, match="run 'plain/0' has lr=0.05, not 0.2"):
+        sweep.open_study(sweep.read(write(tmp_path, **base(lr=0.2))))
+    assert [(t.number, t.state, t.user_attrs) for t in opened.get_trials()] == before
+
+
+@pytest.fixture
+def postgres(tmp_path):
+    """A PostgreSQL server of its own on loopback; skips where PostgreSQL is not installed."""
+    places = "/usr/lib/postgresql/15/bin:/usr/lib/postgresql/16/bin:/usr/lib/postgresql/17/bin:" + os.environ["PATH"]
+    binary = shutil.which("pg_ctl", path=places)
+    pytest.importorskip("psycopg2")
+    if binary is None or shutil.which("initdb", path=places) is None:
+        pytest.skip("PostgreSQL is not installed")
+    folder, port = tmp_path / "pg", 20000 + os.getpid() % 20000
+    user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []  # PostgreSQL refuses to run as root
+    folder.mkdir()
+    for place in (folder, *list(folder.parents)[:3]) if user else ():
+        os.chmod(place, 0o777)
+    run = lambda *words: subprocess.run([*user, *words], check=True, capture_output=True, cwd=folder)
+    run(shutil.which("initdb", path=places), "-D", str(folder / "db"), "-U", "student", "-A", "trust")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    run(binary, "-D", str(folder / "db"), "-l", str(folder / "log"), "-w", "-o", options, "start")
+    yield f"postgresql://student@127.0.0.1:{port}/postgres"
+    run(binary, "-D", str(folder / "db"), "-m", "immediate", "stop")
+
+
+def test_killed_worker_with_postgresql(runs, tmp_path, monkeypatch, postgres):
+    path = write(tmp_path, **base(epochs=5, batch_size=100))
+    study, victim, workers = kill_one_of_two(path, runs, postgres, ("--storage", postgres), RUNS_DIR=str(runs))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    opened = sweep.open_study(study, postgres)
+    tries = [t.state.name for t in opened.get_trials() if t.user_attrs.get("key") == victim]
+    assert sorted(tries) == ["COMPLETE", "FAIL"]
+    compare_with_undisturbed(study, opened, tmp_path, monkeypatch)
+
+
+def test_command_runs_a_study_with_two_workers(runs, tmp_path):
+    process = start(write(tmp_path, seeds=[0]), "--workers", "2", RUNS_DIR=str(runs))
+    assert "small: 2 complete" in process.communicate()[0] and process.returncode == 0
+    bad = subprocess.run(
+        [sys.executable, "-m", "common.sweep", str(write(tmp_path, **base(lrr=1)))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
