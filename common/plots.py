@@ -38,6 +38,22 @@ def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None
     return ax
 
 
+def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax=None):
+    """Mean over seeds as a line, lowest to highest as a band; `groups` maps a label to the histories of its seeds."""
+    ax = _axes(ax)
+    for label, histories in groups.items():
+        length = min(len(history) for history in histories)
+        values = torch.tensor([[row[key] for row in history[:length]] for history in histories])
+        epochs = [row["epoch"] for row in histories[0][:length]]
+        line = ax.plot(epochs, values.mean(0), marker="o", markersize=3, label=f"{label} (n = {len(histories)})")[0]
+        ax.fill_between(epochs, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.2)
+    ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return ax
+
+
 class Live:
     """An `on_epoch` hook that redraws training and validation accuracy under the cell; keeps the last `figure`."""
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 from pathlib import Path
 
 from common import ROOT, WorkbookError, write_file
@@ -45,6 +46,27 @@ def save_result(folder, **results) -> dict:
     manifest |= results
     write_file(path, json.dumps(manifest, indent=1))
     return manifest
+
+
+def mean_std(values: list) -> str:
+    """Mean ± standard deviation over seeds (n − 1 in the denominator), with n; shares are written as percentages."""
+    if len(values) < 2:
+        return f"{values[0]:.2%} (n = 1)" if values else "not run"
+    return f"{statistics.mean(values):.2%} ± {statistics.stdev(values):.2%} (n = {len(values)})"
+
+
+def verdict(a: list, b: list) -> str:
+    """Does the difference of two sets of seeds exceed their spread? One sentence, from accuracies (0..1) of each.
+
+    The difference of the means is held against twice its standard error, from the pooled deviation of both sets.
+    """
+    if min(len(a), len(b)) < 2:
+        return "unknown: at least two seeds of each are needed"
+    difference = statistics.mean(a) - statistics.mean(b)
+    pooled = sum((len(v) - 1) * statistics.variance(v) for v in (a, b)) / (len(a) + len(b) - 2)
+    error = (pooled * (1 / len(a) + 1 / len(b))) ** 0.5
+    words = "exceeds" if abs(difference) > 2 * error else "does not exceed"
+    return f"{100 * difference:+.2f} points, which {words} twice its standard error ({200 * error:.2f} points)"
 
 
 def tested(run, split, tta: int = 0) -> dict:

@@ -364,11 +364,7 @@ def refuse_other_settings(saved: dict, identity: dict, folder: Path) -> None:
 def write_run(folder: Path, state: dict, device) -> None:
     """Write `history.csv`, `run.json`, at the end `best.pt`, and last `checkpoint.pt`, which makes the epoch count."""
     history, best = state["history"], {k: state["best"][k] for k in ("epoch", "val_accuracy")}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, history[0])
-    writer.writeheader()
-    writer.writerows(history)
-    write_file(folder / "history.csv", text.getvalue())
+    write_file(folder / "history.csv", csv_text(history))
     manifest = dict(name=folder.name, epochs=len(history), best=best, machine=machine(device))
     manifest |= {key: state[key] for key in ("finished", "seconds", "commit", "config", "spec", "data")}
     write_file(folder / "run.json", json.dumps(manifest, indent=1))
@@ -376,6 +372,15 @@ def write_run(folder: Path, state: dict, device) -> None:
         meta = dict(run=folder.name, **best)
         save(folder / "best.pt", dict(spec=state["spec"], state_dict=state["best"]["state_dict"], meta=meta))
     save(folder / "checkpoint.pt", state)
+
+
+def csv_text(history: list) -> str:
+    """History rows as CSV with a header line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
 
 
 def commit() -> str:

@@ -80,3 +80,15 @@ def test_results_join_the_manifest(tmp_path, manifest):
     assert report.load_manifest(tmp_path) == manifest | dict(test=dict(accuracy=0.9))
     with pytest.raises(WorkbookError, match="no manifest"):
         report.load_manifest(tmp_path / "sub" / "model.pt")
+
+
+def test_verdict_holds_the_difference_against_the_spread():
+    assert "unknown" in report.verdict([0.5], [0.6, 0.61])
+    far, near = report.verdict([0.70, 0.71], [0.60, 0.61]), report.verdict([0.70, 0.60], [0.66, 0.61])
+    assert far.startswith("+10.00 points, which exceeds") and "does not exceed" in near
+    assert far.endswith("(1.41 points)")  # pooled deviation 0.00707, standard error 0.00707
+
+
+def test_mean_and_deviation_say_n():
+    assert report.mean_std([0.5, 0.6]) == "55.00% ± 7.07% (n = 2)"
+    assert report.mean_std([0.5]) == "50.00% (n = 1)" and report.mean_std([]) == "not run"
