@@ -44,7 +44,7 @@ endef
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q --nbval-lax
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval-lax -n 2 --dist loadscope
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loader

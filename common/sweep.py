@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import optuna
+import sqlalchemy
 import tyro
 import yaml
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -112,6 +112,13 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30) ->
             retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
             beat = dict(heartbeat_interval=heartbeat, grace_period=4 * heartbeat, heartbeat_stale_trial_callback=retry)
             backend = RDBStorage(url, waiting, **beat)
+            if waiting:
+                # SQLite locks at the first write, so that two workers could both read "waiting" and both take a trial.
+                sqlalchemy.event.listen(
+                    backend.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
+                )
+                sqlalchemy.event.listen(backend.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+                backend.engine.dispose()
         opened = optuna.create_study(storage=backend, study_name=study.name, direction="maximize", load_if_exists=True)
     except Exception as error:  # each database and driver has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -177,7 +184,12 @@ def work(opened: optuna.Study, heartbeat: int = 30) -> None:
     count = lambda *states: len(opened.get_trials(deepcopy=False, states=states))
     while count(TrialState.WAITING, TrialState.RUNNING):
         if count(TrialState.WAITING):
-            opened.optimize(objective, n_trials=1, catch=(Exception,))
+            try:
+                opened.optimize(objective, n_trials=1, catch=(Exception,))
+            except ValueError as error:  # silent for too long (a sleeping laptop): the run was given to another worker
+                if "Cannot tell" not in str(error):
+                    raise
+                print(f"a run of this worker was finished by another one ({error})")
         elif isinstance(opened._storage, JournalStorage):
             return  # no heartbeat: nobody would know
         else:
@@ -220,6 +232,7 @@ def main(
         requeue: first queue again what has failed, and what a worker that is gone left behind.
         heartbeat: seconds between two signs of life; after four without one, a trial is queued again.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = read(file)
     opened = open_study(study, storage, heartbeat)
     if requeue:
@@ -242,7 +255,6 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     try:
         tyro.cli(main, prog="python -m common.sweep")
     except WorkbookError as error:

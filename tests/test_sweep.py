@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -40,7 +42,7 @@ def base(**changes):
 
 
 def start(path, *words, **environment):
-    command = [sys.executable, "-m", "common.sweep", str(path), "--heartbeat", "1", *words]
+    command = [sys.executable, "-m", "common.sweep", str(path), "--heartbeat", "2", *words]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
 
 
@@ -82,10 +84,27 @@ def test_runs_that_two_machines_enqueued_at_once_run_once(runs, tmp_path):
     assert all(run["state"] == "complete" for run in sweep.results(opened, study).values())
 
 
+def test_no_trial_is_taken_twice(runs):
+    """Four processes empty one queue on SQLite, which by itself would let two of them take the same trial."""
+    script = (
+        "from common import sweep\n"
+        "opened = sweep.open_study(sweep.Study('race', {f'c/{i}': {'seed': i} for i in range(40)}))\n"
+        "while 'key' in (trial := opened.ask()).user_attrs:\n"
+        "    opened.tell(trial, 1.0)\n"
+        "    print(trial.user_attrs['key'])\n"
+    )
+    opened = sweep.open_study(sweep.Study("race", {f"c/{i}": {"seed": i} for i in range(40)}))
+    command = dict(cwd=ROOT, env={**os.environ, "RUNS_DIR": str(runs)}, stdout=subprocess.PIPE, text=True)
+    workers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], **command) for _ in range(4)]
+    taken = [key for worker in workers for key in worker.communicate()[0].split()]
+    assert [worker.returncode for worker in workers] == [0] * 4
+    assert sorted(taken) == sorted(f"c/{i}" for i in range(40)) and states(opened).count(TrialState.COMPLETE) == 40
+
+
 def kill_one_of_two(path, folder, storage, words, **environment):
     """Two workers; one dies by kill -9 with a run at hand and its first checkpoint written; then a third joins."""
     study = sweep.read(path)
-    opened = sweep.open_study(study, storage, 1)
+    opened = sweep.open_study(study, storage, 2)
     workers = [start(path, "--workers", "1", "--threads", "1", *words, **environment) for _ in range(2)]
     deadline = time.monotonic() + 120
     victim = None
@@ -116,7 +135,7 @@ def compare_with_undisturbed(study, opened, tmp_path, monkeypatch):
 
 
 def test_killed_worker_of_two_costs_nothing(runs, tmp_path, monkeypatch):
-    path = write(tmp_path, **base(epochs=5, batch_size=100))
+    path = write(tmp_path, **base(epochs=4, batch_size=200))
     study, victim, workers = kill_one_of_two(path, runs, None, (), RUNS_DIR=str(runs))
     assert [worker.wait() for worker in workers] == [0, 0]
     opened = sweep.open_study(study)
@@ -126,7 +145,7 @@ def test_killed_worker_of_two_costs_nothing(runs, tmp_path, monkeypatch):
 
 
 def test_journal_has_no_heartbeat_and_requeue_returns_what_is_left(runs, tmp_path, monkeypatch):
-    path, storage = write(tmp_path, **base(epochs=5, batch_size=100)), f"journal:{tmp_path / 'journal.log'}"
+    path, storage = write(tmp_path, seeds=[0], **base(epochs=4, batch_size=200)), f"journal:{tmp_path / 'journal.log'}"
     study, victim, workers = kill_one_of_two(path, runs, storage, ("--storage", storage), RUNS_DIR=str(runs))
     assert [worker.wait() for worker in workers] == [0, 0]
     opened = sweep.open_study(study, storage)
@@ -187,34 +206,34 @@ def test_unreadable_files_and_storages_are_named(runs, tmp_path):
 def test_another_study_in_the_same_storage_is_refused(runs, tmp_path):
     opened = sweep.open_study(sweep.read(write(tmp_path)))
     before = [(t.number, t.state, t.user_attrs) for t in opened.get_trials()]
-    with pytest.raises(WorkbookError, match="run 'plain/0' has lr=0.05, not 0.2"):
+    with pytest.raises(WorkbookError, match="run 'decay/0' has lr=0.05, not 0.2"):
         sweep.open_study(sweep.read(write(tmp_path, **base(lr=0.2))))
     assert [(t.number, t.state, t.user_attrs) for t in opened.get_trials()] == before
 
 
 @pytest.fixture
-def postgres(tmp_path):
+def postgres():
     """A PostgreSQL server of its own on loopback; skips where PostgreSQL is not installed."""
     places = "/usr/lib/postgresql/15/bin:/usr/lib/postgresql/16/bin:/usr/lib/postgresql/17/bin:" + os.environ["PATH"]
     binary = shutil.which("pg_ctl", path=places)
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg")
     if binary is None or shutil.which("initdb", path=places) is None:
         pytest.skip("PostgreSQL is not installed")
-    folder, port = tmp_path / "pg", 20000 + os.getpid() % 20000
+    folder, port = Path(tempfile.mkdtemp()), 20000 + os.getpid() % 20000
     user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []  # PostgreSQL refuses to run as root
-    folder.mkdir()
-    for place in (folder, *list(folder.parents)[:3]) if user else ():
-        os.chmod(place, 0o777)
+    if user:
+        shutil.chown(folder, "nobody")
     run = lambda *words: subprocess.run([*user, *words], check=True, capture_output=True, cwd=folder)
     run(shutil.which("initdb", path=places), "-D", str(folder / "db"), "-U", "student", "-A", "trust")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
     run(binary, "-D", str(folder / "db"), "-l", str(folder / "log"), "-w", "-o", options, "start")
     yield f"postgresql://student@127.0.0.1:{port}/postgres"
     run(binary, "-D", str(folder / "db"), "-m", "immediate", "stop")
+    shutil.rmtree(folder)
 
 
 def test_killed_worker_with_postgresql(runs, tmp_path, monkeypatch, postgres):
-    path = write(tmp_path, **base(epochs=5, batch_size=100))
+    path = write(tmp_path, seeds=[0], **base(epochs=4, batch_size=200))
     study, victim, workers = kill_one_of_two(path, runs, postgres, ("--storage", postgres), RUNS_DIR=str(runs))
     assert [worker.wait() for worker in workers] == [0, 0]
     opened = sweep.open_study(study, postgres)
