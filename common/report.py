@@ -131,16 +131,28 @@ def write_report(name: str, scale: str, title: str, parts: list, figures: dict, 
 
 
 def write_index(folder: Path) -> None:
-    """Write the consolidated table, one row a run with its manifest in `folder/runs/`, into `folder/README.md`."""
+    """Write `folder/README.md`: one row a run with its manifest in `folder/runs/`, after the published figures.
+
+    Those stand in `folder/published.json`: a list of what was published, its figure, our runs and the result of
+    theirs to compare (`test` or `test_tta`), and what differs in method.
+    """
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+    accuracy = lambda run, key="test": run.get(key, {}).get("accuracy")
     rows = []
-    for path in sorted((folder / "runs").glob("*.json")):
-        run = json.loads(path.read_text())
-        row = {"run": f"[{run['name']}](runs/{path.name})", "network": run["spec"]["name"], "data": run["data"]["name"]}
-        row |= {"images": f"{run['data']['train']:,}", "epochs": run["epochs"], "λ": f"{run['config']['lam']:g}"}
-        row |= {"validation": run["best"]["val_accuracy"], "test": run.get("test", {}).get("accuracy")}
-        rows.append(
-            row | {"n": 1, "minutes": f"{run['seconds'] / 60:.1f}", "machine": run["machine"]["gpu"] or run["machine"]["cpu"]}
-        )
+    for name, run in runs.items():
+        row = {"run": f"[{name}](runs/{name}.json)", "network": run["spec"]["name"], "data": run["data"]["name"]}
+        row |= {"images": f"{run['data']['train']:,}", "epochs": run["epochs"], "seed": run["config"]["seed"]}
+        row |= {"validation": run["best"]["val_accuracy"] if run["config"].get("select") != "last" else "–"}
+        row |= {"test": accuracy(run), "test, TTA": accuracy(run, "test_tta"), "minutes": f"{run['seconds'] / 60:.1f}"}
+        rows.append(row | {"machine": run["machine"]["gpu"] or run["machine"]["cpu"]})
+    compared = []
+    for entry in json.loads(published.read_text()) if (published := folder / "published.json").exists() else ():
+        ours = [accuracy(runs[name], entry["result"]) for name in entry["runs"] if name in runs]
+        row = {"published": entry["what"], "accuracy": entry["accuracy"], "ours": mean_std([v for v in ours if v is not None])}
+        compared.append(row | {"what differs": entry["differs"]})
     reports = "\n".join(f"- [{path.stem}]({path.name})" for path in sorted(folder.glob("*.md")) if path.name != "README.md")
-    text = f"# Reports\n\n{reports}\n\n## All runs\n\nAccuracies are single view; validation is the best epoch's.\n\n"
+    text = f"# Reports\n\n{reports}\n\n"
+    text += f"## Beside published figures\n\nTest accuracies.\n\n{table(compared)}\n\n" if compared else ""
+    text += "## All runs\n\nOne run a row (n = 1). Validation is the best epoch's, single view; it says nothing (–) where the "
+    text += "validation images were trained on.\n\n"
     write_file(folder / "README.md", text + table(rows) + "\n")
