@@ -32,7 +32,7 @@ def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None
     for label, history in histories.items():
         ax.plot([row["epoch"] for row in history], [row[key] for row in history], marker="o", markersize=3, label=label)
     ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return ax
@@ -48,7 +48,7 @@ def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax
         line = ax.plot(epochs, values.mean(0), marker="o", markersize=3, label=f"{label} (n = {len(histories)})")[0]
         ax.fill_between(epochs, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.2)
     ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return ax
@@ -110,15 +110,16 @@ def channels(before: dict, after: dict, ax=None):
 
 
 def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
-    """A square matrix as colours (rows `ylabel`), with its numbers where there are at most 20 rows."""
+    """A square tensor as colours (rows `ylabel`), with its numbers where there are at most 20 rows."""
     n = len(values)
     ax = _axes(ax, 5.5, 5)
     picture = ax.imshow(values, cmap="Blues")
     if n <= 20:
+        form = ".2f" if values.dtype.is_floating_point else "d"
         for i in range(n):
             for j in range(n):
                 dark = values[i][j] > values.max() / 2
-                ax.text(j, i, f"{values[i][j]:.3g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+                ax.text(j, i, f"{values[i][j]:{form}}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
         ax.set_xticks(range(n), labels or range(n), rotation=60, ha="right", fontsize=7)
         ax.set_yticks(range(n), labels or range(n), fontsize=7)
     else:

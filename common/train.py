@@ -190,6 +190,8 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             if accelerator.scaler and saved["scaler"]:
                 accelerator.scaler.load_state_dict(saved["scaler"])
         if trackers:
+            os.environ.setdefault("WANDB_DIR", str(folder))
+            os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
             accelerator.init_trackers(folder.name, {k: str(v) for k, v in identity["config"].items()})
 
     while not state["finished"]:

@@ -199,6 +199,24 @@ def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
         fit(network(), small, dataclasses.replace(CONFIG, watch="blocks.0.conv9.weight"), tmp_path / "unknown")
 
 
+def test_tensorboard_gets_every_epoch(small, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = fit(network(), small, CONFIG, tmp_path / "run", trackers=("tensorboard",))
+    file = next((tmp_path / "run").rglob("events.out.tfevents*"))
+    log = events.EventAccumulator(str(file.parent)).Reload()
+    assert [event.step for event in log.Scalars("val_accuracy")] == [1, 2, 3]
+    assert [event.value for event in log.Scalars("train_loss")] == pytest.approx([row["train_loss"] for row in run.history])
+
+
+def test_wandb_offline_writes_into_the_run(small, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    fit(network(), small, CONFIG, tmp_path / "run", trackers=("wandb",))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_accumulation_gives_the_same_gradient(small):
     """Without BatchNorm in the way, two half batches weigh as much as one whole, also of uneven size."""
     x, y = next(iter(Loader(small.train, small.spec, 25, shuffle=False)))
