@@ -39,7 +39,7 @@ def read_images(path) -> Tensor:
     if not path.is_file():
         raise WorkbookError(f"test set {path} does not exist; {wanted}")
     try:
-        content = ArraysOnly(io.BytesIO(path.read_bytes())).load()
+        content = ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()  # bytes: keys written by Python 2
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise WorkbookError(f"{path} is not admitted ({error or type(error).__name__}); {wanted}") from None
     found = content.get(b"data", content.get("data")) if isinstance(content, dict) else None

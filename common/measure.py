@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import os
 import statistics
 import sys
@@ -47,7 +48,7 @@ def macs(model: nn.Module, size: int = 32) -> int:
 
 def pflops(model: nn.Module, images: int, epochs: float, low_res: float = 0.0) -> float:
     """10^15 floating-point operations of a training: 6 × MACs an image (forward 2, backward 4), fewer at 24 pixels."""
-    low = round(low_res * epochs)
+    low = math.ceil(low_res * epochs)
     return 6e-15 * images * (low * macs(model, 24) + (epochs - low) * macs(model))
 
 

@@ -19,6 +19,9 @@ COLUMNS = {
 }
 
 
+T95 = ((2, 4.30), (3, 3.18), (4, 2.78), (6, 2.45), (8, 2.31), (18, 2.10), (38, 2.02))  # 97.5 % quantiles of Student's t
+
+
 def cell(name: str, value) -> str:
     """One table cell: missing values say "not run", accuracies and shares are percentages."""
     if value is None:
@@ -58,22 +61,28 @@ def mean_std(values: list) -> str:
 def verdict(a: list, b: list) -> str:
     """Does the difference of two sets of seeds exceed their spread? One sentence, from accuracies (0..1) of each.
 
-    The difference of the means is held against twice its standard error, from the pooled deviation of both sets.
+    The difference of the means is held against its 95 % interval (Student's t, pooled deviation): with two seeds a
+    side that is 4.3 standard errors.
     """
     if min(len(a), len(b)) < 2:
         return "unknown: at least two seeds of each are needed"
     difference = statistics.mean(a) - statistics.mean(b)
     pooled = sum((len(v) - 1) * statistics.variance(v) for v in (a, b)) / (len(a) + len(b) - 2)
     error = (pooled * (1 / len(a) + 1 / len(b))) ** 0.5
-    words = "exceeds" if abs(difference) > 2 * error else "does not exceed"
-    return f"{100 * difference:+.2f} points, which {words} twice its standard error ({200 * error:.2f} points)"
+    interval = error * next(t for freedom, t in reversed(T95) if freedom <= len(a) + len(b) - 2)
+    words = "exceeds" if abs(difference) > interval else "does not exceed"
+    return f"{100 * difference:+.2f} points, which {words} what seeds alone may do (± {100 * interval:.2f} points, 95 %)"
 
 
 def tested(run, split, tta: int = 0) -> dict:
-    """Test loss, accuracy and top5 of a finished run: measured once, then kept in its manifest (`test`, `test_tta`)."""
-    key = "test_tta" if tta else "test"
+    """Test loss, accuracy and top5 of a finished run: measured once, then kept in its manifest.
+
+    Its keys are `test`, and for `tta` 1 and 2 (see `train.views`) `test_mirror` and `test_tta`.
+    """
+    key = ("test", "test_mirror", "test_tta")[tta]
     if key not in run.manifest:
-        run.manifest = save_result(run.folder, **{key: evaluate(run.model, split.test, split.spec, tta=tta) | {"tta": tta}})
+        result = evaluate(run.model, split.test, split.spec, tta=tta)
+        run.manifest = save_result(run.folder, **{key: result})
     return run.manifest[key]
 
 

@@ -7,7 +7,6 @@ command on the same storage.
 import dataclasses
 import functools
 import inspect
-import json
 import os
 import socket
 import subprocess
@@ -15,11 +14,13 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import optuna
 import sqlalchemy
+import torch
 import tyro
 import yaml
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -30,6 +31,7 @@ from common import WorkbookError, choose, data, models, params, train
 
 CONFIG = {field.name for field in dataclasses.fields(train.TrainConfig)}
 SECTIONS = ("name", "base", "seeds", "configurations")
+THERE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)  # a trial in another state does not have its run
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def read(path) -> Study:
     if not isinstance(content, dict) or set(content) != set(SECTIONS):
         odd = sorted(set(content) ^ set(SECTIONS)) if isinstance(content, dict) else "no keys"
         raise WorkbookError(f"study file {path} must have exactly the keys {', '.join(SECTIONS)}; look at: {odd}")
+    kinds = dict(name=str, base=dict, seeds=list, configurations=dict)
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind) or not content[key]:
+            raise WorkbookError(f"study file {path}: {key} must be a {kind.__name__} that is not empty; got {content[key]!r}")
     runs, seen = {}, {}
     for name, changes in content["configurations"].items():
         settings = {**content["base"], **(changes or {})}
@@ -62,7 +68,7 @@ def read(path) -> Study:
             check(settings)
         except WorkbookError as error:
             raise WorkbookError(f"study file {path}, configuration {name!r}: {error}") from None
-        twin = seen.setdefault(json.dumps(settings, sort_keys=True), name)
+        twin = seen.setdefault(repr((*parts(settings), settings["dataset"], settings.get("val"))), name)
         if twin != name or len(set(seeds)) < len(seeds):
             other = f"configurations {twin!r} and {name!r} are" if twin != name else f"seeds of {name!r} hold"
             raise WorkbookError(f"study file {path}: {other} duplicates; remove one")
@@ -91,8 +97,8 @@ def parts(settings: dict) -> tuple:
 load = functools.lru_cache(data.load)
 
 
-def open_study(study: Study, storage: str | None = None, heartbeat: int = 30) -> optuna.Study:
-    """The Optuna study in `storage`, with every run of the file enqueued.
+def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, enqueue: bool = True) -> optuna.Study:
+    """The Optuna study in `storage`, with every run of the file enqueued (unless `enqueue` is False).
 
     `storage`: a database URL (with heartbeat every `heartbeat` seconds; a trial silent for four of them is queued
     again), or "journal:PATH" for a file on a shared disk; default sqlite in runs/. Raises WorkbookError if it
@@ -124,6 +130,8 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30) ->
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WorkbookError(f"storage {url} cannot be reached ({reason}); check the address, or leave it out") from None
     trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
+    if trials and not {trial.user_attrs["key"] for trial in trials} & set(study.runs):
+        raise WorkbookError(f"storage {url} holds another study {study.name!r}, with none of these runs; use another name")
     for trial in trials:
         key, saved = trial.user_attrs["key"], trial.user_attrs["settings"]
         wanted = study.runs.get(key, saved)
@@ -132,35 +140,46 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30) ->
                 f"storage {url} holds a study {study.name!r} whose run {key!r} has {odd[0]}={saved.get(odd[0])!r}, not "
                 f"{wanted.get(odd[0])!r}; change the study's name or the storage"
             )
-    known = {trial.user_attrs["key"] for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs}
-    for key, settings in study.runs.items():
+    known = {trial.user_attrs["key"] for trial in trials if trial.state in THERE or "error" in trial.user_attrs}
+    for key, settings in study.runs.items() if enqueue else ():
         if key not in known:  # two machines may both get here; `objective` lets the first of equal trials run
             opened.enqueue_trial({}, user_attrs={"key": key, "settings": settings})
     return opened
 
 
-def requeue(opened: optuna.Study) -> list:
-    """Queue again failed trials, and running ones whose worker is not a living process of this machine; their keys."""
-    again = {}
-    for trial in opened.get_trials(deepcopy=False):
-        host, _, pid = trial.user_attrs.get("worker", ":0").rpartition(":")
-        alive = host == socket.gethostname() and Path(f"/proc/{pid}").exists()
-        if trial.state == TrialState.RUNNING and not alive:
-            opened.tell(trial.number, state=TrialState.FAIL)
-        if trial.state == TrialState.FAIL or (trial.state == TrialState.RUNNING and not alive):
-            again[trial.user_attrs.get("key")] = trial.user_attrs
-    done = {trial.user_attrs.get("key") for trial in opened.get_trials(deepcopy=False) if trial.state != TrialState.FAIL}
-    keys = [key for key in again if key and key not in done]
-    for key in keys:
-        opened.enqueue_trial({}, user_attrs={"key": key, "settings": again[key]["settings"]})
-    return keys
+def gone(trial, everywhere: bool = False) -> bool:
+    """Whether a running trial's worker is known to be dead: no such process here; `everywhere`: or not of this machine."""
+    host, _, pid = trial.user_attrs.get("worker", ":").rpartition(":")
+    if not pid:  # it died before it could leave its name
+        return (datetime.now() - trial.datetime_start).total_seconds() > 120
+    if host != socket.gethostname():
+        return everywhere
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
-def objective(trial: optuna.Trial) -> float:
+def return_lost(opened: optuna.Study, failed: bool = True, everywhere: bool = False) -> list:
+    """Queue again the runs whose worker is `gone`, and with `failed` those that failed; their keys."""
+    trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
+    dead = [trial for trial in trials if trial.state == TrialState.RUNNING and gone(trial, everywhere)]
+    for trial in dead:
+        opened.tell(trial.number, state=TrialState.FAIL)
+    there = {trial.user_attrs["key"] for trial in trials if trial.state in THERE and trial not in dead}
+    lost = {t.user_attrs["key"]: t for t in trials if t in dead or (failed and t.state == TrialState.FAIL)}
+    lost = {key: trial for key, trial in lost.items() if key not in there}
+    for key, trial in lost.items():
+        opened.enqueue_trial({}, user_attrs={"key": key, "settings": trial.user_attrs["settings"]})
+    return list(lost)
+
+
+def objective(trial: optuna.Trial, trackers=()) -> float:
     """Train one run, or go on with it: best validation accuracy; history and manifest are kept with the trial."""
     key = trial.user_attrs.get("key")
     others = [t for t in trial.study.get_trials(deepcopy=False) if t.number < trial.number and t.user_attrs.get("key") == key]
-    if key is None or any(t.state != TrialState.FAIL for t in others):
+    if key is None or any(t.state in THERE for t in others):
         raise optuna.TrialPruned("nothing left to run, or another trial has this run")
     trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
     try:
@@ -169,7 +188,8 @@ def objective(trial: optuna.Trial) -> float:
         split = load(settings["dataset"], settings.get("val"))
         model = models.fresh(seed=config.seed, x=data.normalise(split.train.x[:5000], split.spec), **network)
         report = lambda row: trial.report(row["val_accuracy"], row["epoch"])
-        run = train.fit(model, split, config, params.runs_folder() / trial.study.study_name / key, on_epoch=report)
+        folder = params.runs_folder() / trial.study.study_name / key
+        run = train.fit(model, split, config, folder, on_epoch=report, trackers=trackers)
     except Exception as error:
         trial.set_user_attr("error", f"{type(error).__name__}: {error}")
         raise
@@ -179,13 +199,13 @@ def objective(trial: optuna.Trial) -> float:
     return run.manifest["best"]["val_accuracy"]
 
 
-def work(opened: optuna.Study, heartbeat: int = 30) -> None:
+def work(opened: optuna.Study, heartbeat: int = 30, trackers=()) -> None:
     """Run waiting trials until none waits; then stay while others run, in case one of them dies."""
     count = lambda *states: len(opened.get_trials(deepcopy=False, states=states))
     while count(TrialState.WAITING, TrialState.RUNNING):
         if count(TrialState.WAITING):
             try:
-                opened.optimize(objective, n_trials=1, catch=(Exception,))
+                opened.optimize(functools.partial(objective, trackers=trackers), n_trials=1, catch=(Exception,))
             except ValueError as error:  # silent for too long (a sleeping laptop): the run was given to another worker
                 if "Cannot tell" not in str(error):
                     raise
@@ -195,6 +215,7 @@ def work(opened: optuna.Study, heartbeat: int = 30) -> None:
         else:
             time.sleep(heartbeat)
             optuna.storages.fail_stale_trials(opened)
+            return_lost(opened, failed=False)
 
 
 def results(opened: optuna.Study, study: Study) -> dict:
@@ -220,7 +241,9 @@ def main(
     threads: int | None = None,
     storage: str | None = None,
     requeue: bool = False,
+    requeue_all: bool = False,
     heartbeat: int = 30,
+    trackers: tuple[str, ...] = (),
 ) -> None:
     """Run a study; the same command again, here or on another machine, goes on with what is left.
 
@@ -228,30 +251,37 @@ def main(
         file: study file (YAML).
         workers: processes on this machine.
         threads: threads of each; by default the cores are shared out.
-        storage: sqlite:///PATH, postgresql://…, mysql://… or journal:PATH; sqlite in runs/ by default.
-        requeue: first queue again what has failed, and what a worker that is gone left behind.
+        storage: sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; sqlite in runs/ by default.
+        requeue: first queue again what has failed, and what a worker of this machine that is gone left behind.
+        requeue_all: the same, and everything that runs on other machines: when you know that they are gone.
         heartbeat: seconds between two signs of life; after four without one, a trial is queued again.
+        trackers: "tensorboard", "mlflow", "wandb" or "trackio".
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = read(file)
     opened = open_study(study, storage, heartbeat)
-    if requeue:
-        print("queued again:", ", ".join(globals()["requeue"](opened)) or "nothing")
+    if requeue or requeue_all:
+        print("queued again:", ", ".join(return_lost(opened, everywhere=requeue_all)) or "nothing")
+    for dataset, val in {(settings["dataset"], settings.get("val")) for settings in study.runs.values()}:
+        load(dataset, val)  # downloads once, before several workers would
     if workers == 1:
-        import torch
-
         torch.set_num_threads(threads or torch.get_num_threads())
-        work(opened, heartbeat)
+        work(opened, heartbeat, trackers)
     else:
         threads = threads or max(1, (os.cpu_count() or 1) // workers)
         words = [sys.executable, "-m", "common.sweep", file, "--workers", "1", "--threads", str(threads)]
         words += ["--heartbeat", str(heartbeat)] + (["--storage", storage] if storage else [])
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        words += ["--trackers", *trackers] if trackers else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SWEEP_WORKER": "1"}
         for process in [subprocess.Popen(words, env=environment) for _ in range(workers)]:
             process.wait()
-    states = [run["state"] for run in results(opened, study).values()]
-    if workers > 1 or threads is None:
-        print(f"{study.name}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
+    if "SWEEP_WORKER" in os.environ:
+        return  # its parent sums up
+    found = results(opened, study)
+    states = [run["state"] for run in found.values()]
+    print(f"{study.name}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
+    if failures := [f"{key}: {run['error']}" for key, run in found.items() if run["state"] == "fail"]:
+        print("failed:", *failures, "(--requeue runs them again)", sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from common import ROOT, WorkbookError, choose, slimming, write_file
 from common.data import Images, Loader, Spec, Split, parse_augment
 from common.models import build
+from common.models.groups import Whiten
 
 OPTIMIZERS = ("sgd", "adam", "muon")
 SCHEDULES = ("cosine", "linear", "steps", "constant")
@@ -70,13 +71,20 @@ class TrainConfig:
         choose("penalty", self.penalty, slimming.PENALTIES)
         choose("select", self.select, ("best", "last"))
         parse_augment(self.augment)
-        whole_numbers, below_1 = ("epochs", "batch_size", "accumulate"), ("label_smoothing", "momentum", "low_res")
-        for name in (*whole_numbers, *below_1, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup"):
-            value, whole, high = getattr(self, name), name in whole_numbers, 1 if name in below_1 else math.inf
-            low = 1 if whole else 0
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value < high:
-                limits = f"{'a whole' if whole else 'a'} number of at least {low}" + (f" and below {high}" if high == 1 else "")
+        whole, share = ("epochs", "batch_size", "accumulate", "patience", "seed"), ("label_smoothing", "momentum", "low_res")
+        for name in (*whole, *share, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup", "clip"):
+            value, high = getattr(self, name), 1 if name in share else math.inf
+            low = 1 if name in whole and name != "seed" else 1e-9 if name == "clip" else 0
+            kind = int if name in whole else (int, float)
+            if value is None and name in ("clip", "patience"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
+                limits = f"{'a whole' if kind is int else 'a'} number of at least {low}" + (
+                    f" and below {high}" if high == 1 else ""
+                )
                 raise WorkbookError(f"{name}={value!r} is not legal; give {limits}")
+        if self.warmup and self.warmup >= self.epochs:
+            raise WorkbookError(f"warmup={self.warmup} fills all of epochs={self.epochs}; give fewer epochs of warm-up")
 
 
 @dataclass
@@ -90,10 +98,10 @@ class Run:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 4-D weights, SGD with Nesterov momentum for the rest.
+    """Muon for convolutions, SGD with Nesterov momentum for the rest.
 
-    Each convolution's momentum is orthogonalised by Newton-Schulz iterations, and its weight is kept at norm
-    sqrt(outputs), which assumes that a BatchNorm follows (Jordan et al., "Muon", 2024; airbench94_muon).
+    Groups with `orthogonal`: a convolution's momentum is orthogonalised by Newton-Schulz iterations, and its weight
+    kept at norm sqrt(outputs), which assumes that a BatchNorm follows (Jordan et al., "Muon", 2024; airbench94_muon).
     """
 
     def __init__(self, groups, lr, momentum=0.6, weight_decay=0.0):
@@ -103,11 +111,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                grad = p.grad if p.ndim == 4 else p.grad.add(p, alpha=group["weight_decay"])
+                grad = p.grad if group["orthogonal"] else p.grad.add(p, alpha=group["weight_decay"])
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.mul_(group["momentum"]).add_(grad)
                 update = grad.add(buffer, alpha=group["momentum"])
-                if p.ndim == 4:
+                if group["orthogonal"]:
                     update = orthogonalise(update.flatten(1)).view_as(p)
                     p.mul_(len(p) ** 0.5 / p.norm())
                 p.add_(update, alpha=-group["lr"])
@@ -125,17 +133,28 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Four parameter groups: convolutions, other weights, gammas, biases and betas. Each keeps its peak lr in `peak`."""
-    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
-    kind = lambda p: 0 if p.ndim == 4 else 1 if p.ndim > 1 else 2 if id(p) in norms else 3
+    """Four parameter groups: convolutions, other weights, gammas, biases and betas. Each keeps its peak lr in `peak`.
+
+    A convolution with a bias of its own (in squeeze-and-excitation, say) has no BatchNorm after it: all of it counts
+    among the other weights, except for the bias of the whitening layer.
+    """
+    kinds = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if isinstance(module, nn.BatchNorm2d):
+                kinds[p] = 2 if name == "weight" else 3
+            elif isinstance(module, nn.Conv2d) and (module.bias is None or isinstance(module, Whiten)):
+                kinds[p] = 0 if name == "weight" else 3
+            else:
+                kinds[p] = 3 if name == "bias" and not isinstance(module, nn.Conv2d) else 1
     rest, decay = config.lr_other if config.optimizer == "muon" else config.lr, config.weight_decay
     # A step takes lr × decay off a weight: dividing by lr_bias keeps that product.
     bias = decay / config.lr_bias if config.decay_bias and config.lr_bias else 0
     rates = (config.lr, decay), (rest, decay), (rest, 0), (rest * config.lr_bias, bias)
-    groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay) for lr, decay in rates]
+    groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay, orthogonal=i == 0) for i, (lr, decay) in enumerate(rates)]
     for p in model.parameters():
         if p.requires_grad:
-            groups[kind(p)]["params"].append(p)
+            groups[kinds[p]]["params"].append(p)
     if config.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optimizer == "muon":
@@ -190,9 +209,9 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             if accelerator.scaler and saved["scaler"]:
                 accelerator.scaler.load_state_dict(saved["scaler"])
         if trackers:
-            os.environ.setdefault("WANDB_DIR", str(folder))
             os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
-            accelerator.init_trackers(folder.name, {k: str(v) for k, v in identity["config"].items()})
+            settings = {k: str(v) for k, v in identity["config"].items()}
+            accelerator.init_trackers(folder.name, settings, {"wandb": {"dir": str(folder)}})
 
     while not state["finished"]:
         started, loader.epoch = time.perf_counter(), len(history)
@@ -257,9 +276,10 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
                 accelerator.backward(loss / len(x))
             sums[:3] += torch.stack([loss.detach(), (logits.argmax(1) == ys).sum(), torch.tensor(len(ys), device=x.device)])
         norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)  # unscales, and returns the norm before
-        sums[3] += norm
-        if config.watch:
-            sums[4] += watched.grad.norm() * (norm / (config.clip or math.inf)).clamp(min=1)  # as it was before clipping
+        sums[3] += torch.nan_to_num(norm, 0, 0)  # with fp16 a step may overflow, and is skipped
+        if config.watch:  # as it was before clipping
+            scale = (norm / config.clip).clamp(min=1) if config.clip else 1
+            sums[4] += torch.nan_to_num(watched.grad.norm() * scale, 0, 0)
         if config.penalty == "subgradient":
             slimming.add_subgradient(gammas, config.lam)
         if on_grad:
@@ -283,22 +303,33 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
 def evaluate(model: nn.Module, images: Images, spec: Spec, batch_size: int = 500, accelerator=None, tta: int = 0) -> dict:
     """Mean cross-entropy `loss`, `accuracy` and `top5` (0..1) of a model in eval mode; `tta` as in `views`."""
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes) if accelerator else {}
-    sums = torch.zeros(4, device=images.x.device)
-    model.eval()
-    for x, y in Loader(images, spec, batch_size, shuffle=False, **share):
-        logits = views(model, x, tta)
+    sums = torch.zeros(4, device=accelerator.device if accelerator else "cpu")
+    for logits, y in _logits(model, images, spec, batch_size, tta, accelerator is None, **share):
         hits = logits.topk(5).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(y), device=x.device)])
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(y), device=y.device)]).to(sums.device)
     *sums, n = (accelerator.reduce(sums) if accelerator else sums).tolist()
     return dict(zip(("loss", "accuracy", "top5"), (value / n for value in sums)))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Images, spec: Spec, batch_size: int = 500, tta: int = 0) -> Tensor:
-    """Logits (N, classes) of a model in eval mode; `tta` as in `views`."""
+    """Logits (N, classes), on the CPU, of a model in eval mode; `tta` as in `views`."""
+    return torch.cat([logits.cpu() for logits, _ in _logits(model, images, spec, batch_size, tta)])
+
+
+def _logits(model, images, spec, batch_size, tta, move=True, **share):
+    """Yield (logits, labels) of each batch; with `move` on a GPU if there is one, where the model is only for that time."""
+    home = next(model.parameters()).device
+    if move and torch.cuda.is_available():
+        model, images = model.to("cuda"), images.to("cuda")
     model.eval()
-    return torch.cat([views(model, x, tta) for x, _ in Loader(images, spec, batch_size, shuffle=False)])
+    try:
+        for x, y in Loader(images, spec, batch_size, shuffle=False, **share):
+            yield views(model, x, tta), y
+    finally:
+        if move:
+            model.to(home)
 
 
 def views(model, x: Tensor, tta: int = 0) -> Tensor:
@@ -317,6 +348,8 @@ def views(model, x: Tensor, tta: int = 0) -> Tensor:
 
 def native_precision(precision: str) -> str:
     """Resolve "auto": bf16 where the GPU computes it natively (capability ≥ 8), fp16 on older ones, none elsewhere."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise WorkbookError("precision='fp16' needs a GPU; choose 'auto', 'no' or 'bf16'")
     if precision != "auto":
         return precision
     if not torch.cuda.is_available():

@@ -29,6 +29,16 @@ def test_reads_what_pickle_writes(tmp_path, n, protocol):
     assert read.dtype == torch.uint8 and np.array_equal(read.permute(0, 2, 3, 1).numpy(), x)
 
 
+def test_reads_keys_written_by_python_2(tmp_path):
+    """Python 2 wrote texts with the opcode SHORT_BINSTRING: put one in the place of the key."""
+    raw = pickle.dumps({b"data": pictures(2)}, protocol=2)
+    key_is_built = raw.index(b"Rq") + 3
+    (tmp_path / "test.pkl").write_bytes(raw[:key_is_built] + b"0U\x04data" + raw[key_is_built:])  # 0: drop Python 3's
+    with pytest.raises(UnicodeDecodeError):
+        pickle.loads(raw[:key_is_built] + b"0U\x01\xff" + raw[key_is_built:])
+    assert competition.read_images(tmp_path / "test.pkl").shape == (2, 3, 32, 32)
+
+
 def test_submission_of_100_000_images(tmp_path, sample):
     path = dump(tmp_path / "test.pkl", {b"data": np.broadcast_to(pictures(1), (100_000, 32, 32, 3)).copy(), b"ids": [1, 2]})
     x = competition.read_images(path)

@@ -86,7 +86,7 @@ def test_verdict_holds_the_difference_against_the_spread():
     assert "unknown" in report.verdict([0.5], [0.6, 0.61])
     far, near = report.verdict([0.70, 0.71], [0.60, 0.61]), report.verdict([0.70, 0.60], [0.66, 0.61])
     assert far.startswith("+10.00 points, which exceeds") and "does not exceed" in near
-    assert far.endswith("(1.41 points)")  # pooled deviation 0.00707, standard error 0.00707
+    assert far.endswith("(± 3.04 points, 95 %)")  # pooled deviation and standard error 0.00707, times 4.30
 
 
 def test_mean_and_deviation_say_n():

@@ -84,6 +84,39 @@ def test_runs_that_two_machines_enqueued_at_once_run_once(runs, tmp_path):
     assert all(run["state"] == "complete" for run in sweep.results(opened, study).values())
 
 
+def test_a_pruned_duplicate_does_not_hide_a_lost_run(runs, tmp_path):
+    """Two machines enqueue the same run; one steps aside, the other dies: the run must come back."""
+    study = sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0]))
+    opened = sweep.open_study(study)
+    attributes = {"key": "plain/0", "settings": study.runs["plain/0"]}
+    opened.enqueue_trial({}, user_attrs=attributes)
+    first, second = opened.ask(), opened.ask()
+    first.set_user_attr("worker", f"{sweep.socket.gethostname()}:{2**22 + 1}")  # no process has this number
+    opened.tell(second, state=TrialState.PRUNED)
+    assert sweep.return_lost(opened, failed=False) == ["plain/0"] and sweep.return_lost(opened) == []
+    sweep.work(opened)
+    assert sweep.results(opened, study)["plain/0"]["state"] == "complete"
+
+
+def test_runs_of_other_machines_are_returned_only_on_demand(runs, tmp_path):
+    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
+    trial = opened.ask()
+    trial.set_user_attr("worker", "elsewhere:1")
+    assert sweep.return_lost(opened) == [] and sweep.return_lost(opened, everywhere=True) == ["plain/0"]
+
+
+def test_reading_a_study_enqueues_nothing(runs, tmp_path):
+    study = sweep.read(write(tmp_path))
+    opened = sweep.open_study(study, enqueue=False)
+    assert not opened.get_trials() and {run["state"] for run in sweep.results(opened, study).values()} == {"not run"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "Assignment_MobileNet").glob("*.yaml")))
+def test_committed_studies_are_legal(name):
+    runs = sweep.read(ROOT / "Assignment_MobileNet" / name).runs
+    assert {key.split("/")[0] for key in runs} >= {"lr-0.2", "constant", "cosine", "wd-5e-4", "sigmoid"}
+
+
 def test_no_trial_is_taken_twice(runs):
     """Four processes empty one queue on SQLite, which by itself would let two of them take the same trial."""
     script = (
@@ -150,7 +183,7 @@ def test_journal_has_no_heartbeat_and_requeue_returns_what_is_left(runs, tmp_pat
     assert [worker.wait() for worker in workers] == [0, 0]
     opened = sweep.open_study(study, storage)
     assert sweep.results(opened, study)[victim]["state"] == "running", "nobody noticed"
-    assert sweep.requeue(opened) == [victim] and sweep.requeue(opened) == []
+    assert sweep.return_lost(opened) == [victim] and sweep.return_lost(opened) == []
     threads = sweep.train.torch.get_num_threads()
     sweep.train.torch.set_num_threads(1)
     sweep.work(opened)
@@ -168,7 +201,7 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
     assert "WorkbookError: the loss became" in found["broken/0"]["error"]
     again = sweep.open_study(study)
     assert states(again) == states(opened), "a run that failed by itself is not repeated unasked"
-    assert sweep.requeue(again) == ["broken/0"]
+    assert sweep.return_lost(again) == ["broken/0"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +216,9 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
         (dict(configurations=dict(a=None, b=dict(lr=0.05))), "'a' and 'b' are duplicates"),
         (dict(seeds=[1, 1]), "seeds of 'decay' hold duplicates"),
         (dict(sedes=[1]), "exactly the keys.*sedes"),
+        (dict(seeds=3), "seeds must be a list"),
+        (dict(configurations={}), "configurations must be a dict that is not empty"),
+        (dict(configurations=dict(a=None, b=dict(momentum=0.9))), "'a' and 'b' are duplicates"),
     ),
 )
 def test_mistakes_in_the_file_are_named(tmp_path, changes, message):
@@ -208,6 +244,8 @@ def test_another_study_in_the_same_storage_is_refused(runs, tmp_path):
     before = [(t.number, t.state, t.user_attrs) for t in opened.get_trials()]
     with pytest.raises(WorkbookError, match="run 'decay/0' has lr=0.05, not 0.2"):
         sweep.open_study(sweep.read(write(tmp_path, **base(lr=0.2))))
+    with pytest.raises(WorkbookError, match="holds another study 'small', with none of these runs"):
+        sweep.open_study(sweep.read(write(tmp_path, configurations=dict(other=dict(lr=0.3)))))
     assert [(t.number, t.state, t.user_attrs) for t in opened.get_trials()] == before
 
 

@@ -1,6 +1,7 @@
 """Training: exact resumption, load-or-train, schedules, optimizers, checkpoints that cannot harm."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 
-from common import ROOT, WorkbookError, slimming, train
+from common import ROOT, WorkbookError, measure, slimming, train
 from common.data import Loader
 from common.models import build
 from common.train import TrainConfig, fit, lr_factor
@@ -146,11 +147,27 @@ def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
 
 
 def test_low_resolution_for_the_first_share_of_the_epochs(small, tmp_path):
-    sizes = []
-    model = network()
-    model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2]) if module.training else None)
-    fit(model, small, dataclasses.replace(CONFIG, epochs=4, batch_size=100, low_res=0.5), tmp_path / "run")
-    assert sizes == [24, 24, 32, 32]
+    for epochs, share, low in ((4, 0.5, 2), (3, 0.5, 2), (2, 0.25, 1)):
+        sizes, model = [], network()
+        seen = functools.partial(
+            lambda sizes, module, inputs: sizes.append(inputs[0].shape[2]) if module.training else None, sizes
+        )
+        model.register_forward_pre_hook(seen)
+        config = dataclasses.replace(CONFIG, epochs=epochs, batch_size=100, low_res=share)
+        fit(model, small, config, tmp_path / f"run{epochs}")
+        assert sizes == [24] * low + [32] * (epochs - low)
+        cost = measure.pflops(model, 100, epochs, share)
+        assert cost == pytest.approx(6e-13 * (low * measure.macs(model, 24) + (epochs - low) * measure.macs(model)))
+
+
+def test_bf16_on_a_cpu_trains(small, tmp_path):
+    run = fit(network(), small, dataclasses.replace(CONFIG, precision="bf16"), tmp_path / "run")
+    assert all(value.dtype != torch.bfloat16 for value in run.model.state_dict().values()) and math.isfinite(
+        run.history[-1]["train_loss"]
+    )
+    if not torch.cuda.is_available():
+        with pytest.raises(WorkbookError, match="needs a GPU"):
+            fit(network(), small, dataclasses.replace(CONFIG, precision="fp16"), tmp_path / "other")
 
 
 def test_views_are_weighted_means_of_shifted_and_mirrored_images(small):
@@ -187,8 +204,8 @@ def test_biases_decay_as_fast_as_weights_if_asked():
 def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
     def fitted(name, **changes):
         seen = []
-        config = dataclasses.replace(CONFIG, epochs=1, batch_size=100, watch="blocks.0.conv2.weight", **changes)
-        run = fit(network(), small, config, tmp_path / name, on_grad=lambda m: seen.append(m.blocks[0].conv2.weight.grad.norm()))
+        config = dataclasses.replace(CONFIG, epochs=1, batch_size=100, watch="conv1.weight", **changes)
+        run = fit(network(), small, config, tmp_path / name, on_grad=lambda m: seen.append(m.conv1.weight.grad.norm()))
         return run.history[0]["watched_norm"], float(seen[0])
 
     recorded, free = fitted("free")
@@ -210,11 +227,11 @@ def test_tensorboard_gets_every_epoch(small, tmp_path):
 
 def test_wandb_offline_writes_into_the_run(small, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     fit(network(), small, CONFIG, tmp_path / "run", trackers=("wandb",))
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")) and not (tmp_path / "wandb").exists()
 
 
 def test_accumulation_gives_the_same_gradient(small):

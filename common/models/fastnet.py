@@ -19,7 +19,7 @@ class Stage(nn.Module):
             setattr(self, f"conv{i}", conv)
             # Statistics of a few steps are enough, and the network changes fast: a momentum of 0.4, not 0.1.
             setattr(self, f"bn{i}", nn.BatchNorm2d(width, eps=1e-12, momentum=0.4))
-        self.se = SqueezeExcite(channels[-1], se) if se else None
+        self.se = SqueezeExcite(channels[-1], max(1, channels[-1] // se)) if se else None
 
     def forward(self, x):
         x = first = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), 2)))
@@ -33,8 +33,8 @@ class FastNet(Prunable, nn.Module):
     """Whitening, three stages, max-pool, linear classifier; x (N, 3, H, W) with H, W ≥ 19 → logits (N, classes).
 
     `cfg` holds the widths of conv1 and conv2 of every stage (with `depth` 3, conv3 shares conv1's channels).
-    `gammas`: whether BatchNorm scales are trained (airbench fixes them at 1; slimming needs them). `se`: hidden
-    width of squeeze-and-excitation at the end of each stage, 0 for none. `dropout`: before the classifier.
+    `gammas`: whether BatchNorm scales are trained (airbench fixes them at 1; slimming needs them). `se`:
+    reduction of squeeze-and-excitation at the end of each stage, 0 for none. `dropout`: before the classifier.
     """
 
     def __init__(self, stages, depth, gammas, se, dropout, cfg, classes):
