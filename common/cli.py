@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, fields
 
 import tyro
+from accelerate import PartialState
 
 from common import WorkbookError, data, models, params, report, train
 
@@ -12,7 +13,7 @@ from common import WorkbookError, data, models, params, report, train
 class Command(train.TrainConfig):
     """Train a network on CIFAR and keep its run in runs/; the same command again resumes or loads it.
 
-    Several GPUs or machines: accelerate launch -m common.train, with the same options.
+    Several GPUs or machines: accelerate launch -m common.train, with the same options; machines share runs/.
     """
 
     model: str = "resnet18"  # network: see common.models.MODELS
@@ -30,12 +31,15 @@ def main(arguments=None) -> None:
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m common.train")
         config = train.TrainConfig(**{field.name: getattr(command, field.name) for field in fields(train.TrainConfig)})
-        split = data.load(command.dataset, command.val)
+        with PartialState().local_main_process_first():  # so that one of them downloads
+            split = data.load(command.dataset, command.val)
         sized = {} if command.width is None else {"width": int(command.width) if command.width % 1 == 0 else command.width}
         x = data.normalise(split.train.x[:5000], split.spec)
         model = models.fresh(command.model, config.seed, x, classes=split.spec.classes, **sized)
         folder = params.runs_folder() / (command.run or f"{command.model}-{command.dataset}")
         run = train.fit(model, split, config, folder, trackers=command.trackers, every=command.every)
+        if not PartialState().is_main_process:
+            return
         print(f"{folder}: best epoch {run.manifest['best']['epoch']}, validation {run.manifest['best']['val_accuracy']:.2%}")
         if command.test:
             print(f"test {report.tested(run, split)['accuracy']:.2%} (single view, n = 1)")

@@ -24,13 +24,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common import ROOT, WorkbookError, choose, slimming, write_file
+from common import ROOT, WorkbookError, choose, params, slimming, write_file
 from common.data import Images, Loader, Spec, Split, parse_augment
 from common.models import build
 from common.models.groups import Whiten
 
 OPTIMIZERS = ("sgd", "adam", "muon")
 SCHEDULES = ("cosine", "linear", "steps", "constant")
+PRECISIONS = ("auto", "no", "fp16", "bf16")
+SELECT = ("best", "last")
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
 
@@ -65,24 +67,15 @@ class TrainConfig:
     init: str = "random"  # where the first weights come from: digest of a checkpoint's weights
 
     def __post_init__(self):
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("schedule", self.schedule, SCHEDULES)
-        choose("precision", self.precision, ("auto", "no", "fp16", "bf16"))
-        choose("penalty", self.penalty, slimming.PENALTIES)
-        choose("select", self.select, ("best", "last"))
+        choices = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS, penalty=slimming.PENALTIES, select=SELECT)
+        rules = {name: params.one_of(legal) for name, legal in choices.items()}
+        rules |= dict.fromkeys(("epochs", "batch_size", "accumulate"), params.whole(1))
+        rules |= dict.fromkeys(("lr", "lr_other", "lr_bias", "weight_decay", "warmup", "lam"), params.number(0))
+        rules |= dict.fromkeys(("momentum", "label_smoothing", "low_res"), params.number(0, below=1))
+        rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
+        for name, rule in rules.items():
+            rule(name, getattr(self, name))
         parse_augment(self.augment)
-        whole, share = ("epochs", "batch_size", "accumulate", "patience", "seed"), ("label_smoothing", "momentum", "low_res")
-        for name in (*whole, *share, "lr", "lr_other", "lr_bias", "lam", "weight_decay", "warmup", "clip"):
-            value, high = getattr(self, name), 1 if name in share else math.inf
-            low = 1 if name in whole and name != "seed" else 1e-9 if name == "clip" else 0
-            kind = int if name in whole else (int, float)
-            if value is None and name in ("clip", "patience"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
-                limits = f"{'a whole' if kind is int else 'a'} number of at least {low}" + (
-                    f" and below {high}" if high == 1 else ""
-                )
-                raise WorkbookError(f"{name}={value!r} is not legal; give {limits}")
         if self.warmup and self.warmup >= self.epochs:
             raise WorkbookError(f"warmup={self.warmup} fills all of epochs={self.epochs}; give fewer epochs of warm-up")
 
@@ -295,7 +288,7 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
     if not math.isfinite(loss):
         raise WorkbookError(f"the loss became {loss} in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0")
     lr = optimizer.param_groups[0]["lr"]
-    row = dict(lr=lr, train_loss=loss / images, train_accuracy=correct / images, **norms)
+    row = dict(lr=lr, images=round(images), train_loss=loss / images, train_accuracy=correct / images, **norms)
     return row if config.watch else {k: v for k, v in row.items() if k != "watched_norm"}
 
 

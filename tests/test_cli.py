@@ -63,5 +63,8 @@ def test_two_processes_learn_what_one_learns(runs):
         assert result.returncode == 0, result.stderr[-2000:]
         assert result.stdout.count("epoch   4/4") == 1, "only the main process prints"
     one, two = (json.loads((runs / name / "run.json").read_text()) for name in ("one", "two"))
+    for name in ("one", "two"):
+        header, *rows = (line.split(",") for line in (runs / name / "history.csv").read_text().splitlines())
+        assert [row[header.index("images")] for row in rows] == ["2000"] * 4, "each image once an epoch, over all processes"
     assert one["config"] == two["config"] and one["data"] == two["data"]
     assert one["best"]["val_accuracy"] > 0.15 and abs(one["best"]["val_accuracy"] - two["best"]["val_accuracy"]) < 0.1

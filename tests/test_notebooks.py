@@ -1,10 +1,12 @@
 """Notebooks as committed, and what they do with bad input. (`pytest --nbval-lax` runs their cells.)"""
 
+import ast
 import json
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from common import ROOT
 
@@ -20,6 +22,13 @@ def test_notebook_is_committed_clean(name):
     assert max(len(cell["source"]) for cell in code) <= 25, "cells of at most 25 lines"
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
     assert "raises-exception" not in str([cell["metadata"] for cell in code]), "papermill would stop there"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("Lab1/*.yaml")))
+def test_parameter_files_name_parameters(path):
+    cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    assert set(yaml.safe_load(path.read_text())) <= {node.target.id for node in ast.parse(source).body}
 
 
 def papermill(notebook, folder, *parameters):
@@ -42,6 +51,7 @@ def papermill(notebook, folder, *parameters):
         ("Lab2/modelprune.ipynb", "ratoi", "0.7", "did you mean 'ratio'"),
         ("Lab2/sparsity_train.ipynb", "scale", "huge", "quick, laptop, full"),
         ("Lab2/train_prune_model.ipynb", "checkpoint", "missing.pt", "does not exist"),
+        ("Assignment_MobileNet/hyperparameter_study.ipynb", "workers", "0", "workers=0"),
     ),
 )
 def test_bad_input_ends_with_one_line_and_a_failure(notebook, name, value, message, tmp_path):

@@ -1,6 +1,7 @@
 """Notebook parameters and reports."""
 
 import json
+import types
 
 import matplotlib.pyplot as plt
 import pytest
@@ -92,3 +93,18 @@ def test_verdict_holds_the_difference_against_the_spread():
 def test_mean_and_deviation_say_n():
     assert report.mean_std([0.5, 0.6]) == "55.00% ± 7.07% (n = 2)"
     assert report.mean_std([0.5]) == "50.00% (n = 1)" and report.mean_std([]) == "not run"
+
+
+def test_test_images_are_measured_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(report, "evaluate", lambda model, images, spec, tta: calls.append(tta) or dict(accuracy=0.5 + tta / 10))
+    (tmp_path / "run.json").write_text("{}")
+
+    def loaded():
+        manifest = json.loads((tmp_path / "run.json").read_text())
+        return types.SimpleNamespace(model=None, manifest=manifest, folder=tmp_path)
+
+    split = types.SimpleNamespace(test=None, spec=None)
+    for _ in range(2):
+        assert [report.tested(loaded(), split, tta)["accuracy"] for tta in (0, 1, 2)] == [0.5, 0.6, 0.7]
+    assert calls == [0, 1, 2]
