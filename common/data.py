@@ -145,21 +145,22 @@ def cached(name: str, folder: Path) -> dict:
 
 def check(arrays: dict, spec: Spec, where) -> None:
     """Raise WorkbookError unless `arrays` are uint8, N×32×32×3, with the right number of images a class."""
-    problem = None
-    if missing := [key for key in KEYS if key not in arrays]:
-        problem = f"lacks {', '.join(missing)}"
+
+    def refuse(problem, when):
+        if when:
+            raise WorkbookError(f"{where} {problem}; delete or replace it and run again")
+
+    missing = [key for key in KEYS if key not in arrays]
+    refuse(f"lacks {', '.join(missing)}", missing)
     for part, count in zip(("train", "test"), spec.counts):
-        if problem:
-            break
         x, y, n = arrays[f"x_{part}"], arrays[f"y_{part}"], count * spec.classes
-        if x.dtype != np.uint8 or y.dtype != np.uint8:
-            problem = f"has {x.dtype} images and {y.dtype} labels in {part}, not uint8"
-        elif x.shape != (n, 32, 32, 3) or y.shape != (n,):
-            problem = f"has shapes {x.shape} and {y.shape} in {part}, not {(n, 32, 32, 3)} and {(n,)}"
-        elif not np.array_equal(np.bincount(y, minlength=spec.classes), np.full(spec.classes, count)):
-            problem = f"does not hold {count} images of each of {spec.classes} classes in {part}"
-    if problem:
-        raise WorkbookError(f"{where} {problem}; delete or replace it and run again")
+        refuse(f"has {x.dtype} images and {y.dtype} labels in {part}, not uint8", {x.dtype, y.dtype} != {np.dtype(np.uint8)})
+        refuse(
+            f"has shapes {x.shape} and {y.shape} in {part}, not {(n, 32, 32, 3)}, {(n,)}",
+            (x.shape, y.shape) != ((n, 32, 32, 3), (n,)),
+        )
+        images = np.bincount(y, minlength=spec.classes)
+        refuse(f"does not hold {count} images of each of {spec.classes} classes in {part}", set(images.tolist()) != {count})
 
 
 def save_npz(path: Path, arrays: dict) -> None:

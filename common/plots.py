@@ -12,6 +12,16 @@ def _axes(ax, width=6.0, height=3.6):
     return ax or plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
+def _finish(ax, xlabel, ylabel, epochs=False):
+    """What most plots end with: labels, a pale grid, a small legend; whole numbers on an axis of epochs."""
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if epochs:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return ax
+
+
 def images(x, titles=None, columns: int = 10, ax=None):
     """A grid of uint8 images x (N, 3, H, W), with an optional title for each."""
     rows = -(-len(x) // columns)
@@ -31,11 +41,7 @@ def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None
     ax = _axes(ax)
     for label, history in histories.items():
         ax.plot([row["epoch"] for row in history], [row[key] for row in history], marker="o", markersize=3, label=label)
-    ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    return ax
+    return _finish(ax, "epoch", ylabel or key.replace("_", " "), epochs=True)
 
 
 def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax=None):
@@ -47,11 +53,7 @@ def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax
         epochs = [row["epoch"] for row in histories[0][:length]]
         line = ax.plot(epochs, values.mean(0), marker="o", markersize=3, label=f"{label} (n = {len(histories)})")[0]
         ax.fill_between(epochs, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.2)
-    ax.set(xlabel="epoch", ylabel=ylabel or key.replace("_", " "))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    return ax
+    return _finish(ax, "epoch", ylabel or key.replace("_", " "), epochs=True)
 
 
 class Live:
@@ -149,10 +151,7 @@ def sweep(x: list, lines: dict, xlabel: str, ylabel: str = "accuracy", chance: f
         ax.plot(x, y, marker="o", markersize=3, label=label)
     if chance is not None:
         ax.axhline(chance, color="gray", linestyle=":", label=f"chance ({chance:.0%})")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    return ax
+    return _finish(ax, xlabel, ylabel)
 
 
 def tradeoff(series: dict, xlabel: str = "MACs (millions)", ylabel: str = "test accuracy (%)", ax=None):
@@ -162,8 +161,5 @@ def tradeoff(series: dict, xlabel: str = "MACs (millions)", ylabel: str = "test 
         ax.scatter(*zip(*((x, y) for x, y, _ in points)), label=label, zorder=3)
         for x, y, text in points:
             ax.annotate(text, (x, y), textcoords="offset points", xytext=(6, -3), fontsize=7)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.margins(x=0.15, y=0.1)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    return ax
+    return _finish(ax, xlabel, ylabel)
