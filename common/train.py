@@ -45,6 +45,7 @@ class TrainConfig:
     optimizer: str = "sgd"  # "sgd" (Nesterov), "adam" (AdamW) or "muon" (convolutions; the rest with SGD)
     lr: float = 0.1  # peak learning rate
     lr_other: float = 0.1  # with "muon": peak learning rate of everything that is not a convolution
+    lr_gamma: float = 1.0  # learning rate of gammas, as a multiple of the others'
     lr_bias: float = 1.0  # learning rate of biases and betas, as a multiple of the others'
     momentum: float = 0.9  # of "sgd" and "muon"
     weight_decay: float = 5e-4  # on weights only: not on gammas, betas and biases
@@ -70,7 +71,7 @@ class TrainConfig:
         choices = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS, penalty=slimming.PENALTIES, select=SELECT)
         rules = {name: params.one_of(legal) for name, legal in choices.items()}
         rules |= dict.fromkeys(("epochs", "batch_size", "accumulate"), params.whole(1))
-        rules |= dict.fromkeys(("lr", "lr_other", "lr_bias", "weight_decay", "warmup", "lam"), params.number(0))
+        rules |= dict.fromkeys(("lr", "lr_other", "lr_gamma", "lr_bias", "weight_decay", "warmup", "lam"), params.number(0))
         rules |= dict.fromkeys(("momentum", "label_smoothing", "low_res"), params.number(0, below=1))
         rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
         for name, rule in rules.items():
@@ -143,7 +144,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     rest, decay = config.lr_other if config.optimizer == "muon" else config.lr, config.weight_decay
     # A step takes lr × decay off a weight: dividing by lr_bias keeps that product.
     bias = decay / config.lr_bias if config.decay_bias and config.lr_bias else 0
-    rates = (config.lr, decay), (rest, decay), (rest, 0), (rest * config.lr_bias, bias)
+    rates = (config.lr, decay), (rest, decay), (rest * config.lr_gamma, 0), (rest * config.lr_bias, bias)
     groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay, orthogonal=i == 0) for i, (lr, decay) in enumerate(rates)]
     for p in model.parameters():
         if p.requires_grad:
