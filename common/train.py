@@ -413,10 +413,12 @@ def csv_text(history: list) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+" where tracked files differ from it; "unknown" outside git."""
+    """The commit of the checkout, with "+" where tracked files but reports differ from it; "unknown" outside git."""
     git = lambda *words: subprocess.check_output(["git", "-C", str(ROOT), *words], text=True, stderr=subprocess.DEVNULL).strip()
     try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/reports")
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
