@@ -87,15 +87,16 @@ def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1
     return ax
 
 
-def gamma_layers(values: dict, ax=None):
-    """|gamma| of every layer: median as a dot, 10th to 90th percentile as a bar; `values` maps layer to gammas."""
-    ax = _axes(ax, 1.0 + 0.42 * len(values))
-    quantiles = [torch.quantile(v.detach().abs(), torch.tensor([0.1, 0.5, 0.9])).tolist() for v in values.values()]
-    for i, (low, middle, high) in enumerate(quantiles):
-        ax.plot([i, i], [low, high], color="tab:blue", linewidth=5, alpha=0.4)
-        ax.plot(i, middle, "o", color="tab:blue")
-    ax.set_xticks(range(len(values)), list(values), rotation=60, ha="right", fontsize=7)
-    ax.set(xlabel="layer", ylabel="|gamma|", ylim=(0, 1.1 * max(high for _, _, high in quantiles)))
+def gamma_layers(values: dict, low: float = 1e-6, ax=None):
+    """|gamma| of every layer: a dot a channel, on a log axis, raised to `low`; `values` maps layer to gammas."""
+    ax = _axes(ax, max(4.0, 1.0 + 0.42 * len(values)))
+    for i, v in enumerate(values.values()):
+        x = torch.linspace(i - 0.35, i + 0.35, len(v))  # spread out, so that dots of equal height stay visible
+        ax.plot(x, v.detach().abs().float().cpu().clamp(min=low), ".", color="tab:blue", alpha=0.4, markersize=4)
+    labels = [f"{name} ({float((v.abs() < 1e-2).float().mean()):.0%} < 0.01)" for name, v in values.items()]
+    ax.set_xticks(range(len(values)), labels, rotation=60, ha="right", fontsize=7)
+    ax.set(xlabel="layer (share of its gammas below 0.01)", ylabel="|gamma|", yscale="log")
+    ax.grid(alpha=0.3)
     return ax
 
 
