@@ -102,7 +102,7 @@ def gamma_layers(values: dict, low: float = 1e-6, ax=None):
 
 def channels(before: dict, after: dict, ax=None):
     """Bars of the channels of each group before (pale) and after pruning."""
-    ax = _axes(ax, 1.0 + 0.42 * len(before))
+    ax = _axes(ax, max(4.0, 1.0 + 0.42 * len(before)))
     ax.bar(range(len(before)), list(before.values()), color="tab:blue", alpha=0.25, label="before")
     bars = ax.bar(range(len(after)), list(after.values()), color="tab:blue", label="after")
     ax.bar_label(bars, fontsize=6)

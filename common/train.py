@@ -198,6 +198,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         model = model.to(memory_format=torch.channels_last)
         net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
         if saved:
+            state["commit"] += f", {commit()}" * (commit() not in state["commit"])  # a run may go on under newer code
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             if accelerator.scaler and saved["scaler"]:

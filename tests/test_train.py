@@ -1,5 +1,6 @@
 """Training: exact resumption, load-or-train, schedules, optimizers, checkpoints that cannot harm."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -58,6 +59,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path
     assert same(*ends)
     plain = lambda history: [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history]
     assert plain(whole.history) == plain(resumed.history)
+
+
+def test_a_run_names_every_commit_it_was_trained_with(small, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, epochs=3)
+    for epoch, commit in ((1, "aaa"), (2, "bbb+"), (3, "bbb+")):
+        monkeypatch.setattr(train, "commit", lambda commit=commit: commit)
+        with contextlib.suppress(Stop):
+            fit(network(), small, config, tmp_path / "run", on_epoch=stop_after(epoch) if epoch < 3 else None)
+    assert fit(network(), small, config, tmp_path / "run").manifest["commit"] == "aaa, bbb+"
 
 
 def test_killed_process_resumes_exactly(small, tmp_path):
