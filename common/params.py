@@ -9,13 +9,14 @@ from pathlib import Path
 from common import ROOT, WorkbookError, choose
 
 SCALES = ("quick", "laptop", "full")
+standard = True  # whether the running notebook has the settings of its scale, with nothing changed by papermill
 
 
 def check(namespace: dict, **rules) -> None:
     """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=optional(whole(1)))`.
 
-    Every parameter has a rule from below. Raises WorkbookError for an illegal value, and for a name that
-    papermill injected although the notebook has no such parameter.
+    Every parameter has a rule from below. Sets `standard`. Raises WorkbookError for an illegal value, and for a name
+    that papermill injected although the notebook has no such parameter.
     """
     for name in injected(namespace):
         if name not in rules:
@@ -24,6 +25,8 @@ def check(namespace: dict, **rules) -> None:
             raise WorkbookError(f"unknown parameter {name!r}{hint} (parameters: {', '.join(rules)})")
     for name, rule in rules.items():
         rule(name, namespace[name])
+    global standard
+    standard = set(injected(namespace)) <= {"scale"}
 
 
 def injected(namespace: dict) -> list:

@@ -5,7 +5,7 @@ import json
 import statistics
 from pathlib import Path
 
-from common import ROOT, WorkbookError, write_file
+from common import ROOT, WorkbookError, params, write_file
 from common.params import runs_folder
 from common.train import evaluate
 
@@ -97,18 +97,22 @@ def load_manifest(checkpoint) -> dict:
 
 
 def report_folder(scale: str) -> Path:
-    """`reports/` in the repository for real scales; quick runs go to `runs/reports/` and leave git clean."""
-    return runs_folder() / "reports" if scale == "quick" else ROOT / "reports"
+    """`reports/` for the settings of a real scale as they stand; quick runs and changed settings go to `runs/reports/`."""
+    return ROOT / "reports" if scale != "quick" and params.standard else runs_folder() / "reports"
 
 
 def provenance(manifest: dict) -> str:
     """One Markdown line: where the numbers of a run come from."""
     machine, data = manifest["machine"], manifest["data"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    config = manifest["config"]
+    rates = f"lr {config['lr']:g}" + f" ({config['lr_other']:g} besides convolutions)" * (config["optimizer"] == "muon")
+    settings = f"{config['optimizer']}, {rates}, batches of {config['batch_size']}, {config['schedule']} schedule"
     return (
         f"- `{manifest['name']}`: {manifest['epochs']} epochs of {data['train']:,} images of {data['name']} "
         f"(validation {data['val']:,}), seed {manifest['config']['seed']}, {manifest['seconds'] / 60:.1f} min on "
-        f"{device}, torch {machine['torch']}, commit `{manifest['commit']}`"
+        f"{device}, torch {machine['torch']}, commit `{manifest['commit']}`; {settings}, "
+        f"augmentation {' '.join(config['augment']) or 'none'}"
     )
 
 

@@ -65,7 +65,7 @@ def scores(model: nn.Module, criterion: str = "gamma", kind: str = "inner", batc
 
 def _taylor(model, batches) -> dict:
     """Squared first-order change of the loss when a channel's gamma and beta become 0, by BatchNorm name."""
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval().requires_grad_(True)
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
     total = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
     for x, y in batches:

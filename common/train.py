@@ -77,6 +77,8 @@ class TrainConfig:
         for name, rule in rules.items():
             rule(name, getattr(self, name))
         parse_augment(self.augment)
+        if self.patience and self.select == "last":
+            raise WorkbookError("patience waits for a better epoch, select='last' takes the last one; leave one of them out")
         if self.warmup and self.warmup >= self.epochs:
             raise WorkbookError(f"warmup={self.warmup} fills all of epochs={self.epochs}; give fewer epochs of warm-up")
 
@@ -175,6 +177,10 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
     settings, or if the loss diverges.
     """
     folder, identity = Path(folder), dict(config=_plain(config), spec=_plain(model.spec), data=describe(split))
+    if config.lam and not all(gamma.requires_grad for gamma in slimming.gammas(model)):
+        raise WorkbookError(
+            f"lam={config.lam} acts on gammas, which this network keeps fixed; build it with gammas=True, or lam=0"
+        )
     for tracker in trackers:
         if importlib.util.find_spec(choose("tracker", tracker, TRACKERS)) is None:
             raise WorkbookError(f"tracker {tracker!r} is not installed; run: pip install {tracker}")
@@ -198,7 +204,8 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         model = model.to(memory_format=torch.channels_last)
         net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
         if saved:
-            state["commit"] += f", {commit()}" * (commit() not in state["commit"])  # a run may go on under newer code
+            known = state["commit"].split(", ")
+            state["commit"] = ", ".join(known + [commit()] * (commit() not in known))  # it may go on under newer code
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             if accelerator.scaler and saved["scaler"]:
@@ -429,7 +436,8 @@ def machine(device="cpu") -> dict:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     named = re.search(r"model name\s*: (.*)", info)
     cpu = named[1] if named else platform.processor() or platform.machine()
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    kind = torch.device(device).type
+    gpu = torch.cuda.get_device_name(device) if kind == "cuda" else None if kind == "cpu" else kind
     return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__)
 
 
@@ -458,7 +466,7 @@ def load_checkpoint(path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and runtime errors, by how the file is damaged
-        code = "weights_only" in str(error).lower()
+        code = any(word in str(error) for word in ("nsupported global", "unsupported GLOBAL", "reduce for unrecognized"))
         reason = "it holds code, which is not run" if code else "it is truncated or of another kind"
         raise WorkbookError(f"{path} cannot be read as a checkpoint: {reason}; give one written by this workbook") from None
     if not isinstance(content, dict) or not isinstance(content.get("spec"), dict) or not {"state_dict", "best"} & set(content):
@@ -474,7 +482,7 @@ def load_model(path, expect: str | None = None) -> nn.Module:
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     content = load_checkpoint(path)
-    name = content["spec"].get("name")
+    name = content["spec"].get("name", "nameless network")
     if expect and name != expect:
         raise WorkbookError(f"{path} holds a {name!r}, not a {expect!r}; set model={name!r} or give another checkpoint")
     model = build(**content["spec"])

@@ -45,6 +45,9 @@ def warmed(name, **arguments):
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=sorted(MODELS))
+SHAPES = {"fastnet, residual": dict(name="fastnet", depth=3, gammas=True), "fastnet, se": dict(name="fastnet", se=16)}
+
+
+@pytest.fixture(scope="session", params=sorted(MODELS) + list(SHAPES))
 def network(request):
-    return warmed(request.param)
+    return warmed(**SHAPES.get(request.param, dict(name=request.param)))

@@ -1,5 +1,6 @@
 """Notebook parameters and reports."""
 
+import dataclasses
 import json
 import types
 
@@ -7,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from common import WorkbookError, params, report
+from common.train import TrainConfig
 
 RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
 GOOD = dict(scale="quick", ratio=0.5, epochs=None)
@@ -54,11 +56,16 @@ def manifest():
     machine = dict(cpu="x", cores=2, threads=2, gpu=None, torch="2")
     best = dict(epoch=2, val_accuracy=0.5)
     row = dict(name="run", finished=True, epochs=3, seconds=60, commit="abc", machine=machine, best=best)
-    return row | dict(config=dict(seed=0, lam=0.0), data=dict(name="d", train=10, val=5), spec=dict(name="resnet17"))
+    return row | dict(
+        config=json.loads(json.dumps(dataclasses.asdict(TrainConfig()))),
+        data=dict(name="d", train=10, val=5),
+        spec=dict(name="resnet17"),
+    )
 
 
 def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    monkeypatch.setattr(params, "standard", True)
     figure = plt.subplots()[0]
     path = report.write_report("lab", "quick", "Title", ["text ![](plot)"], dict(plot=figure), [manifest])
     assert path.is_relative_to(tmp_path) and "quick" in path.read_text()
@@ -66,6 +73,15 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
     assert json.loads((path.parent / "runs" / "run.json").read_text()) == manifest
     assert "run" in (path.parent / "README.md").read_text()
     assert report.report_folder("laptop") == report.ROOT / "reports"
+
+
+def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    rules = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1))
+    for cell, folder in (("scale = 'laptop'", report.ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path)):
+        params.check(dict(scale="laptop", ratio=0.5, In=["", f"# Parameters\n{cell}"]), **rules)
+        assert report.report_folder("laptop") == folder / "reports"
+        params.check(dict(scale="laptop", ratio=0.5), **rules)
 
 
 def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch):

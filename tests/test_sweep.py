@@ -148,7 +148,7 @@ def kill_one_of_two(path, folder, storage, words, **environment):
             started = (folder / study.name / trial.user_attrs["key"] / "checkpoint.pt").exists()
             victim = (trial.user_attrs["key"], pid) if started and pid == workers[0].pid else victim
     assert victim, "the first worker never had a run at hand"
-    os.kill(victim[1], signal.SIGKILL)
+    os.kill(victim[1], getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows knows one kind
     workers[0].wait()
     return study, victim[0], [workers[1], start(path, "--workers", "1", "--threads", "1", *words, **environment)]
 

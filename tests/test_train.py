@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -88,7 +87,7 @@ def test_killed_process_resumes_exactly(small, tmp_path):
     while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(killed.pid, signal.SIGKILL)
+    killed.kill()
     killed.wait()
     saved = train.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")
     assert 1 <= len(saved["history"]) < CONFIG.epochs
@@ -200,6 +199,14 @@ def test_predictions_agree_with_evaluate(small):
         )
         assert (logits.argmax(1) == small.val.y).float().mean().item() == pytest.approx(scores["accuracy"])
         assert scores["accuracy"] <= scores["top5"] <= 1
+
+
+def test_settings_that_contradict_each_other_are_refused(small, tmp_path):
+    with pytest.raises(WorkbookError, match="patience"):
+        dataclasses.replace(CONFIG, patience=2, select="last")
+    with pytest.raises(WorkbookError, match="gammas=True"):
+        fit(build("fastnet", width=8), small, dataclasses.replace(CONFIG, lam=1e-3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_biases_decay_as_fast_as_weights_if_asked():

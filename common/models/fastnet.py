@@ -9,7 +9,7 @@ from common.models.groups import Group, Prunable, SqueezeExcite, Whiten, widths
 class Stage(nn.Module):
     """conv1 – max-pool – bn1 – gelu, then (conv – bn – gelu) for every further width; a shortcut where there are three."""
 
-    def __init__(self, inputs, channels, se):
+    def __init__(self, inputs, channels, hidden):
         super().__init__()
         self.depth = len(channels)
         for i, (before, width) in enumerate(zip([inputs, *channels], channels), 1):
@@ -19,7 +19,7 @@ class Stage(nn.Module):
             setattr(self, f"conv{i}", conv)
             # Statistics of a few steps are enough, and the network changes fast: a momentum of 0.4, not 0.1.
             setattr(self, f"bn{i}", nn.BatchNorm2d(width, eps=1e-12, momentum=0.4))
-        self.se = SqueezeExcite(channels[-1], max(1, channels[-1] // se)) if se else None
+        self.se = SqueezeExcite(channels[-1], hidden) if hidden else None
 
     def forward(self, x):
         x = first = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), 2)))
@@ -44,7 +44,7 @@ class FastNet(Prunable, nn.Module):
         self.stages, self._groups = nn.ModuleList(), []
         for n, (outer, inner) in enumerate(zip(self.cfg[::2], self.cfg[1::2])):
             at, last = f"stages.{n}", n + 1 == len(stages)
-            self.stages.append(Stage(inputs, [outer, inner, outer][:depth], se))
+            self.stages.append(Stage(inputs, [outer, inner, outer][:depth], se and max(1, stages[n] // se)))
             following = ["head" if last else f"stages.{n + 1}.conv1"] + [f"{at}.se.squeeze"] * bool(se)
             gates = (f"{at}.se.excite",) * bool(se)
             name = lambda *numbers, kind, at=at: tuple(f"{at}.{kind}{i}" for i in numbers)

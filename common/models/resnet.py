@@ -59,7 +59,7 @@ class ResNet(Prunable, nn.Module):
                 opens = stream != width * expansion or (i == 0 and stage > 0)
                 stream = width * expansion
                 default += [stream] * opens + [width] * (len(kernels) - 1)
-                plan.append((2 if i == 0 and stage > 0 else 1, opens))
+                plan.append((2 if i == 0 and stage > 0 else 1, opens, se and max(1, stream // se)))
         self.cfg = widths(cfg, default)
         queue = iter(self.cfg)
 
@@ -71,7 +71,7 @@ class ResNet(Prunable, nn.Module):
         self.blocks = nn.ModuleList()
         groups = [dict(name="stem", out=["conv1"], norm=["bn1"], into=[], gates=[], inner=False)]
         current = groups[0]
-        for n, (stride, opens) in enumerate(plan):
+        for n, (stride, opens, hidden) in enumerate(plan):
             at, channels = f"blocks.{n}", [stream]
             current["into"].append(f"{at}.conv1")
             if opens:
@@ -88,7 +88,7 @@ class ResNet(Prunable, nn.Module):
             if se:
                 current["into"].append(f"{at}.se.squeeze")
                 current["gates"].append(f"{at}.se.excite")
-            self.blocks.append(Block(channels + [stream], kernels, stride, opens, affine, se and max(1, width * expansion // se)))
+            self.blocks.append(Block(channels + [stream], kernels, stride, opens, affine, hidden))
         current["into"].append("fc")
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(stream, classes)
