@@ -465,9 +465,8 @@ def load_checkpoint(path) -> dict:
         raise WorkbookError(f"checkpoint {path} does not exist; train it first or give another path")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and runtime errors, by how the file is damaged
-        code = any(word in str(error) for word in ("nsupported global", "unsupported GLOBAL", "reduce for unrecognized"))
-        reason = "it holds code, which is not run" if code else "it is truncated or of another kind"
+    except Exception:  # pickle, zip and runtime errors, by how the file is damaged
+        reason = "it is truncated, of another kind, or holds code, which is not run"
         raise WorkbookError(f"{path} cannot be read as a checkpoint: {reason}; give one written by this workbook") from None
     if not isinstance(content, dict) or not isinstance(content.get("spec"), dict) or not {"state_dict", "best"} & set(content):
         raise WorkbookError(f"{path} is not a checkpoint of this workbook (no 'spec' and weights in it); give another path")
