@@ -104,7 +104,9 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def profile(model: nn.Module, repeats: int = 50) -> dict:
-    """One table row: params, macs, latency at batch 1 and 64 (median ms) and weights file size in bytes."""
+    """One table row: params, macs, latency at batch 1 and 64 (ms: median, and 10th to 90th percentile), file size (bytes)."""
     row = dict(params=params(model), macs=macs(model))
-    row |= {f"latency_{n}": latency(model, n, repeats)["median"] for n in (1, 64)}
+    for n in (1, 64):
+        ms = latency(model, n, repeats)
+        row |= {f"latency_{n}": ms["median"], f"range_{n}": f"{ms['p10']:.3g} to {ms['p90']:.3g}"}
     return row | dict(bytes=file_bytes(model))

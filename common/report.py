@@ -14,6 +14,8 @@ COLUMNS = {
     "macs": ("MACs", "{:,}"),
     "latency_1": ("latency, batch 1 (ms)", "{:.2f}"),
     "latency_64": ("latency, batch 64 (ms)", "{:.1f}"),
+    "range_1": ("p10 to p90", "{}"),
+    "range_64": ("p10 to p90", "{}"),
     "bytes": ("weights file (MB)", lambda v: f"{v / 1e6:.2f}"),
     "lam": ("λ", "{:g}"),
 }

@@ -45,7 +45,10 @@ def test_latency_is_ordered_and_restores_threads():
 
 def test_profile_has_every_column():
     row = measure.profile(warmed("resnet17", width=4), repeats=5)
-    assert set(row) == {"params", "macs", "latency_1", "latency_64", "bytes"} and row["bytes"] > 4 * row["params"]
+    assert (
+        set(row) == {"params", "macs", "latency_1", "range_1", "latency_64", "range_64", "bytes"}
+        and row["bytes"] > 4 * row["params"]
+    )
 
 
 def test_peak_memory_grows_with_what_is_used():
