@@ -60,9 +60,11 @@ class Live:
     """An `on_epoch` hook that redraws training and validation accuracy under the cell; keeps the last `figure`."""
 
     def __init__(self):
-        self.parts, self.handle, self.figure = {"training": [], "validation": []}, None, None
+        self.handle, self.figure = None, None
 
     def __call__(self, row: dict) -> None:
+        if row["epoch"] == 1:  # a training that began again
+            self.parts = {"training": [], "validation": []}
         for part, key in (("training", "train_accuracy"), ("validation", "val_accuracy")):
             self.parts[part].append(dict(epoch=row["epoch"], accuracy=row[key]))
         self.figure = curves(self.parts, "accuracy").figure

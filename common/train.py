@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -40,7 +41,7 @@ TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 class TrainConfig:
     """Every setting of a run, saved with it. Two runs with equal configs, model and data are the same run."""
 
-    epochs: int = 20
+    epochs: int = 20  # passes over the training images
     batch_size: int = 128  # images a step
     optimizer: str = "sgd"  # "sgd" (Nesterov), "adam" (AdamW) or "muon" (convolutions; the rest with SGD)
     lr: float = 0.1  # peak learning rate
@@ -98,6 +99,7 @@ class Muon(torch.optim.Optimizer):
 
     Groups with `orthogonal`: a convolution's momentum is orthogonalised by Newton-Schulz iterations, and its weight
     kept at norm sqrt(outputs), which assumes that a BatchNorm follows (Jordan et al., "Muon", 2024; airbench94_muon).
+    torch.optim.Muon takes 2-D parameters alone and does not renormalise weights.
     """
 
     def __init__(self, groups, lr, momentum=0.6, weight_decay=0.0):
@@ -249,6 +251,25 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
 
     model.load_state_dict(state["best"]["state_dict"])
     return Run(model.eval(), history, json.loads((folder / "run.json").read_text()), folder)
+
+
+def fit_in_memory(make_model, split: Split, config: TrainConfig, folder, **hooks) -> Run:
+    """`fit`, started again with twice as many pieces a batch (`accumulate`) whenever memory runs out; says so.
+
+    `make_model()` gives a fresh model for each try. Batch size and recipe stay; only BatchNorm sees smaller pieces. A
+    run in more pieces has a folder of its own, `<folder>-accumulate<n>`.
+    """
+    first = Path(folder)
+    while True:
+        try:
+            return fit(make_model(), split, config, folder, **hooks)
+        except RuntimeError as error:
+            if config.accumulate >= config.batch_size or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        config = dataclasses.replace(config, accumulate=2 * config.accumulate)
+        folder = first.with_name(f"{first.name}-accumulate{config.accumulate}")
+        print(f"memory ran out: trying again with each batch in {config.accumulate} pieces", flush=True)
 
 
 def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None) -> dict:

@@ -241,6 +241,33 @@ def test_tensorboard_gets_every_epoch(small, tmp_path):
     assert [event.value for event in log.Scalars("train_loss")] == pytest.approx([row["train_loss"] for row in run.history])
 
 
+def test_mlflow_writes_into_a_database_beside_the_runs(small, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fit(network(), small, CONFIG, tmp_path / "run", trackers=("mlflow",))
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
+
+
+def test_a_batch_that_does_not_fit_is_cut_until_it_does(small, tmp_path, capsys):
+    def cramped(module, inputs):
+        if module.training and len(inputs[0]) > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate too much.")
+
+    def make():
+        model = network()
+        model.register_forward_pre_hook(cramped)
+        return model
+
+    for _ in range(2):  # the second time the finished run is found again
+        run = train.fit_in_memory(make, small, CONFIG, tmp_path / "run")
+        assert run.folder.name == "run-accumulate4" and run.manifest["config"]["accumulate"] == 4
+        assert capsys.readouterr().out.count("memory ran out") == 2
+    alone = fit(network(), small, dataclasses.replace(CONFIG, accumulate=4), tmp_path / "alone")
+    assert same(weights(run.model), weights(alone.model))
+    with pytest.raises(RuntimeError, match="other"):
+        train.fit_in_memory(make, small, CONFIG, tmp_path / "x", on_grad=lambda model: exec("raise RuntimeError('other')"))
+
+
 def test_wandb_offline_writes_into_the_run(small, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
