@@ -16,6 +16,7 @@ class Command(train.TrainConfig):
     Several GPUs or machines: accelerate launch -m common.train, with the same options; machines share runs/.
     """
 
+    init: tyro.conf.Suppress[str] = "random"  # what notebooks record here, the command line has no use for
     model: str = "resnet18"  # network: see common.models.MODELS
     dataset: str = "cifar10"  # "cifar10", "cifar100" or "cifar10-sample"
     width: float | None = None  # width of the network, where it has one; its own default otherwise
