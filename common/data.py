@@ -231,7 +231,7 @@ def read_image(path) -> Tensor:
         # Some modes (16-bit grey, palettes with transparency) have no direct way to RGB.
         picture = picture.point(lambda v: v / 256).convert("L") if picture.mode.startswith("I;16") else picture
         picture = picture.convert("RGBA")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = type(error).__name__
         raise WorkbookError(f"{path} cannot be read as a picture ({reason}); give a PNG, JPEG or WebP file") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -277,9 +277,11 @@ def test_transparent_is_white_and_turned_pictures_are_turned_back(tmp_path):
     assert x[:14].min() > 200 and x[18:].max() < 50
 
 
-def test_no_picture_is_named(tmp_path):
+def test_no_picture_is_named(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("not a picture")
-    for name in ("text.png", "missing.png"):
+    Image.new("1", (50, 50)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # pillow refuses pictures of twice this size
+    for name in ("text.png", "missing.png", "bomb.png"):
         with pytest.raises(WorkbookError, match=f"{name} cannot be read"):
             data.read_image(tmp_path / name)
 
