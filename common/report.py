@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from common import ROOT, WorkbookError, params, write_file
+from common.data import SPECS
 from common.params import runs_folder
 from common.train import evaluate
 
@@ -157,7 +158,9 @@ def write_index(folder: Path) -> None:
     for name, run in runs.items():
         row = {"run": f"[{name}](runs/{name}.json)", "network": run["spec"]["name"], "data": run["data"]["name"]}
         row |= {"images": f"{run['data']['train']:,}", "epochs": run["epochs"], "seed": run["config"]["seed"]}
-        row |= {"validation": run["best"]["val_accuracy"] if run["config"].get("select") != "last" else "–"}
+        spec = SPECS.get(run["data"]["name"])
+        trained_on = spec and run["data"]["train"] == spec.counts[0] * spec.classes
+        row |= {"validation": "–" if trained_on else run["best"]["val_accuracy"]}
         row |= {"test": accuracy(run), "test, TTA": accuracy(run, "test_tta"), "minutes": f"{run['seconds'] / 60:.1f}"}
         rows.append(row | {"machine": run["machine"]["gpu"] or run["machine"]["cpu"]})
     compared = []
@@ -168,6 +171,6 @@ def write_index(folder: Path) -> None:
     reports = "\n".join(f"- [{path.stem}]({path.name})" for path in sorted(folder.glob("*.md")) if path.name != "README.md")
     text = f"# Reports\n\n{reports}\n\n"
     text += f"## Beside published figures\n\nTest accuracies.\n\n{table(compared)}\n\n" if compared else ""
-    text += "## All runs\n\nOne run a row (n = 1). Validation is the best epoch's, single view; it says nothing (–) where the "
-    text += "validation images were trained on.\n\n"
+    text += "## All runs\n\nOne run a row (n = 1). Validation is that of the kept epoch (the best, or the last where the recipe "
+    text += "says so), single view; it says nothing (–) where the validation images were trained on.\n\n"
     write_file(folder / "README.md", text + table(rows) + "\n")

@@ -91,6 +91,15 @@ def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("*.md"))
 
 
+def test_the_index_hides_validation_only_where_it_was_trained_on(manifest, tmp_path):
+    for name, train in (("held", 45_000), ("all", 50_000)):
+        row = manifest | dict(name=name, data=dict(name="cifar10", train=train, val=5000))
+        report.write_file(tmp_path / "runs" / f"{name}.json", json.dumps(row))
+    report.write_index(tmp_path)
+    rows = {line.split("]")[0].split("[")[1]: line for line in (tmp_path / "README.md").read_text().splitlines() if "[" in line}
+    assert "| 50.00%" in rows["held"] and "50.00%" not in rows["all"] and "| –" in rows["all"]
+
+
 def test_results_join_the_manifest(tmp_path, manifest):
     (tmp_path / "run.json").write_text(json.dumps(manifest))
     assert report.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
