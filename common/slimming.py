@@ -161,7 +161,8 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
 
     With its gamma at 0 a channel still sends act(beta) (Ye et al., ICLR 2018). The constant is read off the
     next layer's input for images x (N, 3, H, W), which for inner groups does not depend on x, and moved into
-    that layer's BatchNorm mean or bias; exact but for zero-padded borders. Apply `slim` to the result.
+    that layer's BatchNorm mean or bias (it is lost where there is neither); exact but for zero-padded borders.
+    Apply `slim` to the result.
     """
     masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
     norm_of = {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}

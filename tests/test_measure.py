@@ -24,7 +24,7 @@ def test_profilers_leave_the_model_alone(profiler, training, sample):
 
 
 def test_thop_counts_the_same_convolutions(network):
-    """thop adds BatchNorm (2 operations an element) and pooling on top: a few percent, never less."""
+    """thop adds BatchNorm (4 operations an element) and pooling layers on top: a few percent, never less."""
     counted = measure.macs(network)
     assert counted <= measure.thop_macs(network) <= counted * 1.15
 
