@@ -12,11 +12,12 @@ SCALES = ("quick", "laptop", "full")
 standard = True  # whether the running notebook has the settings of its scale, with nothing changed by papermill
 
 
-def check(namespace: dict, **rules) -> None:
+def check(namespace: dict, neutral: tuple = (), **rules) -> None:
     """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=optional(whole(1)))`.
 
-    Every parameter has a rule from below. Sets `standard`. Raises WorkbookError for an illegal value, and for a name
-    that papermill injected although the notebook has no such parameter.
+    Every parameter has a rule from below. Sets `standard`, for which the `neutral` ones do not count. Raises
+    WorkbookError for an illegal value, and for a name that papermill injected although the notebook has no such
+    parameter.
     """
     for name in injected(namespace):
         if name not in rules:
@@ -26,7 +27,7 @@ def check(namespace: dict, **rules) -> None:
     for name, rule in rules.items():
         rule(name, namespace[name])
     global standard
-    standard = set(injected(namespace)) <= {"scale"}
+    standard = set(injected(namespace)) <= {"scale", *neutral}
 
 
 def injected(namespace: dict) -> list:

@@ -7,9 +7,10 @@ command on the same storage.
 import dataclasses
 import functools
 import inspect
+import multiprocessing
 import os
+import re
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -23,15 +24,25 @@ import sqlalchemy
 import torch
 import tyro
 import yaml
-from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from common import WorkbookError, choose, data, models, params, train
 
-CONFIG = {field.name for field in dataclasses.fields(train.TrainConfig)}
+CONFIG = {field.name for field in dataclasses.fields(train.TrainConfig)} - {"seed", "init"}
 SECTIONS = ("name", "base", "seeds", "configurations")
 THERE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)  # a trial in another state does not have its run
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is a mistake; YAML itself would keep the second."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is a duplicate; rename or remove one")
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ def read(path) -> Study:
     shows before anything runs. Raises WorkbookError naming an unknown key, a duplicate or an illegal value.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), Loader)
     except (OSError, yaml.YAMLError) as error:
         raise WorkbookError(f"study file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or set(content) != set(SECTIONS):
@@ -62,12 +73,15 @@ def read(path) -> Study:
             raise WorkbookError(f"study file {path}: {key} must be a {kind.__name__} that is not empty; got {content[key]!r}")
     runs, seen = {}, {}
     for name, changes in content["configurations"].items():
+        where = f"study file {path}, configuration {name!r}"
+        if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(changes or {}, dict):
+            raise WorkbookError(f"{where}: give a name of letters, digits, '.', '-' and '_', and under it settings")
         settings = {**content["base"], **(changes or {})}
         seeds = settings.pop("seeds", content["seeds"])
         try:
-            check(settings)
-        except WorkbookError as error:
-            raise WorkbookError(f"study file {path}, configuration {name!r}: {error}") from None
+            check(settings, seeds)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, WorkbookError) as error:
+            raise WorkbookError(f"{where}: {' '.join(str(error).split())}") from None
         twin = seen.setdefault(repr((*parts(settings), settings["dataset"], settings.get("val"))), name)
         if twin != name or len(set(seeds)) < len(seeds):
             other = f"configurations {twin!r} and {name!r} are" if twin != name else f"seeds of {name!r} hold"
@@ -76,22 +90,41 @@ def read(path) -> Study:
     return Study(content["name"], runs)
 
 
-def check(settings: dict) -> None:
-    """Raise WorkbookError for an unknown key or an illegal value of a run's settings."""
+def check(settings: dict, seeds: list) -> None:
+    """Raise WorkbookError for an unknown key or an illegal value of a configuration."""
+    if not isinstance(seeds, list) or not seeds:
+        raise WorkbookError(f"seeds must be a list of whole numbers that is not empty; got {seeds!r}")
     name = choose("model", settings.get("model"), models.MODELS)
     own = set(inspect.signature(models.MODELS[name]).parameters) - {"cfg", "classes"}
     for key in settings:
-        choose("key", key, sorted(CONFIG | {"model", "dataset", "val"} | own))
+        choose("key", key, sorted(CONFIG | {"model", "dataset", "val", "seeds"} | own))
     choose("dataset", settings.get("dataset"), data.SPECS)
-    models.build(**parts(settings)[1])
+    params.optional(params.whole(1))("val", settings.get("val"))
+    for seed in seeds:
+        config, network = parts({**settings, "seed": seed})
+    model = models.build(**network)
+    if config.watch:
+        choose("parameter", config.watch, dict(model.named_parameters()))
 
 
 def parts(settings: dict) -> tuple:
     """The `TrainConfig` of a run's settings, and the arguments of its network."""
-    settings = {key: tuple(v) if isinstance(v, list) and key in CONFIG else v for key, v in settings.items()}
-    config = train.TrainConfig(**{key: settings[key] for key in settings if key in CONFIG})
-    network = {key: settings[key] for key in settings if key not in CONFIG | {"model", "dataset", "val"}}
+    own = CONFIG | {"seed"}
+    settings = {key: tuple(v) if isinstance(v, list) and key in own else v for key, v in settings.items()}
+    config = train.TrainConfig(**{key: settings[key] for key in settings if key in own})
+    network = {key: settings[key] for key in settings if key not in own | {"model", "dataset", "val"}}
     return config, dict(name=settings["model"], classes=data.SPECS[settings["dataset"]].classes, **network)
+
+
+def folder_of(study: str, key: str) -> Path:
+    """Where a run of a study is kept: `runs/<study>-<configuration>-<seed>/`."""
+    return params.runs_folder() / f"{study}-{key.replace('/', '-')}"
+
+
+def queue_run(opened: optuna.Study, attributes: dict) -> None:
+    """Queue a run, from the attributes of a trial: its key and settings alone, not the worker that had it."""
+    if "key" in attributes:
+        opened.enqueue_trial({}, user_attrs={name: attributes[name] for name in ("key", "settings")})
 
 
 load = functools.lru_cache(data.load)
@@ -114,19 +147,17 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
             backend = JournalStorage(JournalFileBackend(str(path)))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-            retry = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+            sqlite = url.startswith("sqlite")
+            arguments = dict(pool_pre_ping=True) | (dict(connect_args=dict(timeout=60, isolation_level=None)) if sqlite else {})
+            retry = lambda study, trial: queue_run(study, trial.user_attrs)
             beat = dict(heartbeat_interval=heartbeat, grace_period=4 * heartbeat, heartbeat_stale_trial_callback=retry)
-            backend = RDBStorage(url, waiting, **beat)
-            if waiting:
+            backend = RDBStorage(url, arguments, **beat)
+            if sqlite:
                 # SQLite locks at the first write, so that two workers could both read "waiting" and both take a trial.
-                sqlalchemy.event.listen(
-                    backend.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
-                )
                 sqlalchemy.event.listen(backend.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-                backend.engine.dispose()
         opened = optuna.create_study(storage=backend, study_name=study.name, direction="maximize", load_if_exists=True)
     except Exception as error:  # each database and driver has errors of its own
+        url = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)  # no password in a message
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WorkbookError(f"storage {url} cannot be reached ({reason}); check the address, or leave it out") from None
     trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
@@ -143,7 +174,7 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
     known = {trial.user_attrs["key"] for trial in trials if trial.state in THERE or "error" in trial.user_attrs}
     for key, settings in study.runs.items() if enqueue else ():
         if key not in known:  # two machines may both get here; `objective` lets the first of equal trials run
-            opened.enqueue_trial({}, user_attrs={"key": key, "settings": settings})
+            queue_run(opened, dict(key=key, settings=settings))
     return opened
 
 
@@ -152,11 +183,11 @@ def gone(trial, everywhere: bool = False) -> bool:
     host, _, pid = trial.user_attrs.get("worker", ":").rpartition(":")
     if not pid:  # it died before it could leave its name
         return (datetime.now() - trial.datetime_start).total_seconds() > 120
-    if host != socket.gethostname():
+    if host != socket.gethostname() or os.name == "nt":  # on Windows signal 0 is no harmless question
         return everywhere
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # no such process, or another user's by now
         return True
     return False
 
@@ -165,13 +196,16 @@ def return_lost(opened: optuna.Study, failed: bool = True, everywhere: bool = Fa
     """Queue again the runs whose worker is `gone`, and with `failed` those that failed; their keys."""
     trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
     dead = [trial for trial in trials if trial.state == TrialState.RUNNING and gone(trial, everywhere)]
-    for trial in dead:
-        opened.tell(trial.number, state=TrialState.FAIL)
+    for trial in list(dead):
+        try:
+            opened.tell(trial.number, state=TrialState.FAIL)
+        except ValueError:  # another worker was first
+            dead.remove(trial)
     there = {trial.user_attrs["key"] for trial in trials if trial.state in THERE and trial not in dead}
     lost = {t.user_attrs["key"]: t for t in trials if t in dead or (failed and t.state == TrialState.FAIL)}
     lost = {key: trial for key, trial in lost.items() if key not in there}
-    for key, trial in lost.items():
-        opened.enqueue_trial({}, user_attrs={"key": key, "settings": trial.user_attrs["settings"]})
+    for trial in lost.values():
+        queue_run(opened, trial.user_attrs)
     return list(lost)
 
 
@@ -188,11 +222,11 @@ def objective(trial: optuna.Trial, trackers=()) -> float:
         split = load(settings["dataset"], settings.get("val"))
         model = models.fresh(seed=config.seed, x=data.normalise(split.train.x[:5000], split.spec), **network)
         report = lambda row: trial.report(row["val_accuracy"], row["epoch"])
-        folder = params.runs_folder() / trial.study.study_name / key
-        run = train.fit(model, split, config, folder, on_epoch=report, trackers=trackers)
+        run = train.fit(model, split, config, folder_of(trial.study.study_name, key), on_epoch=report, trackers=trackers)
     except Exception as error:
         trial.set_user_attr("error", f"{type(error).__name__}: {error}")
         raise
+    # By column and to five digits: an attribute must fit into 64 KB on MySQL, 300 epochs included.
     columns = {name: [float(f"{row[name]:.5g}") for row in run.history] for name in run.history[0]}
     trial.set_user_attr("history", columns)
     trial.set_user_attr("manifest", run.manifest)
@@ -225,7 +259,7 @@ def results(opened: optuna.Study, study: Study) -> dict:
         key, state = trial.user_attrs.get("key"), trial.state.name.lower()
         if key not in found or trial.state == TrialState.PRUNED or found[key]["state"] == "complete":
             continue
-        found[key] = dict(state={"waiting": "not run"}.get(state, state), error=trial.user_attrs.get("error"))
+        found[key] = dict(state={"waiting": "not run"}.get(state, state), error=trial.user_attrs.get("error", "interrupted"))
         if trial.state == TrialState.COMPLETE:
             columns = trial.user_attrs["history"]
             rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -233,6 +267,13 @@ def results(opened: optuna.Study, study: Study) -> dict:
                 history=[row | {"epoch": int(row["epoch"])} for row in rows], manifest=trial.user_attrs["manifest"]
             )
     return found
+
+
+def worker(study: Study, storage, heartbeat: int, threads: int, trackers) -> None:
+    """What each of several processes of one machine does."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(threads)
+    work(open_study(study, storage, heartbeat, enqueue=False), heartbeat, trackers)
 
 
 def main(
@@ -247,9 +288,11 @@ def main(
 ) -> None:
     """Run a study; the same command again, here or on another machine, goes on with what is left.
 
+    Raises WorkbookError for an illegal value, and if all workers of this machine died.
+
     Args:
         file: study file (YAML).
-        workers: processes on this machine.
+        workers: processes on this machine; 0 only queues the runs, requeues, and sums up.
         threads: threads of each; by default the cores are shared out.
         storage: sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; sqlite in runs/ by default.
         requeue: first queue again what has failed, and what a worker of this machine that is gone left behind.
@@ -257,26 +300,34 @@ def main(
         heartbeat: seconds between two signs of life; after four without one, a trial is queued again.
         trackers: "tensorboard", "mlflow", "wandb" or "trackio".
     """
+    for name, value, least in (("workers", workers, 0), ("heartbeat", heartbeat, 1)):
+        params.whole(least)(name, value)
+    params.optional(params.whole(1))("threads", threads)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = read(file)
     opened = open_study(study, storage, heartbeat)
     if requeue or requeue_all:
         print("queued again:", ", ".join(return_lost(opened, everywhere=requeue_all)) or "nothing")
-    for dataset, val in {(settings["dataset"], settings.get("val")) for settings in study.runs.values()}:
+    for dataset, val in {(settings["dataset"], settings.get("val")) for settings in study.runs.values()} if workers else ():
         load(dataset, val)  # downloads once, before several workers would
     if workers == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         work(opened, heartbeat, trackers)
-    else:
+    elif workers:
         threads = threads or max(1, (os.cpu_count() or 1) // workers)
-        words = [sys.executable, "-m", "common.sweep", file, "--workers", "1", "--threads", str(threads)]
-        words += ["--heartbeat", str(heartbeat)] + (["--storage", storage] if storage else [])
-        words += ["--trackers", *trackers] if trackers else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SWEEP_WORKER": "1"}
-        for process in [subprocess.Popen(words, env=environment) for _ in range(workers)]:
-            process.wait()
-    if "SWEEP_WORKER" in os.environ:
-        return  # its parent sums up
+        context = multiprocessing.get_context("spawn")
+        words = (study, storage, heartbeat, threads, trackers)
+        processes = [context.Process(target=worker, args=words, daemon=True) for _ in range(workers)]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.terminate()
+        if all(process.exitcode for process in processes):
+            raise WorkbookError(f"all {workers} workers died; what they printed says why, and the same command goes on")
     found = results(opened, study)
     states = [run["state"] for run in found.values()]
     print(f"{study.name}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))

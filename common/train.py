@@ -77,6 +77,8 @@ class TrainConfig:
         rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
         for name, rule in rules.items():
             rule(name, getattr(self, name))
+        for share in self.milestones:
+            params.number(0, 1)("milestones", share)
         parse_augment(self.augment)
         if self.patience and self.select == "last":
             raise WorkbookError("patience waits for a better epoch, select='last' takes the last one; leave one of them out")

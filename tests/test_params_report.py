@@ -82,6 +82,8 @@ def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatc
         params.check(dict(scale="laptop", ratio=0.5, In=["", f"# Parameters\n{cell}"]), **rules)
         assert report.report_folder("laptop") == folder / "reports"
         params.check(dict(scale="laptop", ratio=0.5), **rules)
+    params.check(dict(scale="laptop", ratio=0.7, In=["# Parameters\nratio = 0.7"]), ("ratio",), **rules)
+    assert params.standard
 
 
 def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch):
@@ -113,6 +115,9 @@ def test_verdict_holds_the_difference_against_the_spread():
     far, near = report.verdict([0.70, 0.71], [0.60, 0.61]), report.verdict([0.70, 0.60], [0.66, 0.61])
     assert far.startswith("+10.00 points, which exceeds") and "does not exceed" in near
     assert far.endswith("(± 3.04 points, 95 %)")  # pooled deviation and standard error 0.00707, times 4.30
+    more = report.verdict([0.70, 0.71], [0.60, 0.61], [[0.5, 0.51]] * 6 + [[0.9]])
+    assert more.endswith("(± 1.63 points, 95 %)")  # the same deviation from eight pairs: 2.31 instead of 4.30
+    assert "unknown" in report.verdict([], [0.6, 0.61], [[0.5, 0.51]] * 6)
 
 
 def test_mean_and_deviation_say_n():

@@ -134,7 +134,7 @@ def test_no_trial_is_taken_twice(runs):
     assert sorted(taken) == sorted(f"c/{i}" for i in range(40)) and states(opened).count(TrialState.COMPLETE) == 40
 
 
-def kill_one_of_two(path, folder, storage, words, **environment):
+def kill_one_of_two(path, storage, words, **environment):
     """Two workers; one dies by kill -9 with a run at hand and its first checkpoint written; then a third joins."""
     study = sweep.read(path)
     opened = sweep.open_study(study, storage, 2)
@@ -145,12 +145,21 @@ def kill_one_of_two(path, folder, storage, words, **environment):
         time.sleep(0.05)
         for trial in opened.get_trials(states=(TrialState.RUNNING,)):
             pid = int(trial.user_attrs.get("worker", ":0").rpartition(":")[2])
-            started = (folder / study.name / trial.user_attrs["key"] / "checkpoint.pt").exists()
+            started = (sweep.folder_of(study.name, trial.user_attrs["key"]) / "checkpoint.pt").exists()
             victim = (trial.user_attrs["key"], pid) if started and pid == workers[0].pid else victim
     assert victim, "the first worker never had a run at hand"
     os.kill(victim[1], getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows knows one kind
     workers[0].wait()
     return study, victim[0], [workers[1], start(path, "--workers", "1", "--threads", "1", *words, **environment)]
+
+
+def finish(workers, study, victim=None):
+    """Wait for the workers; whoever took over the victim's run went on from its checkpoint."""
+    printed = "".join(worker.communicate()[0] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0] * len(workers)
+    if victim:
+        name = sweep.folder_of(study.name, victim).name
+        assert f"{name} epoch   4/4" in printed and f"{name} epoch   1/4" not in printed, "not trained from the start again"
 
 
 def compare_with_undisturbed(study, opened, tmp_path, monkeypatch):
@@ -169,8 +178,8 @@ def compare_with_undisturbed(study, opened, tmp_path, monkeypatch):
 
 def test_killed_worker_of_two_costs_nothing(runs, tmp_path, monkeypatch):
     path = write(tmp_path, **base(epochs=4, batch_size=200))
-    study, victim, workers = kill_one_of_two(path, runs, None, (), RUNS_DIR=str(runs))
-    assert [worker.wait() for worker in workers] == [0, 0]
+    study, victim, workers = kill_one_of_two(path, None, (), RUNS_DIR=str(runs))
+    finish(workers, study, victim)
     opened = sweep.open_study(study)
     tries = [t.state.name for t in opened.get_trials() if t.user_attrs.get("key") == victim]
     assert sorted(tries) == ["COMPLETE", "FAIL"], "the killed worker's run was queued again"
@@ -179,15 +188,14 @@ def test_killed_worker_of_two_costs_nothing(runs, tmp_path, monkeypatch):
 
 def test_journal_has_no_heartbeat_and_requeue_returns_what_is_left(runs, tmp_path, monkeypatch):
     path, storage = write(tmp_path, seeds=[0], **base(epochs=4, batch_size=200)), f"journal:{tmp_path / 'journal.log'}"
-    study, victim, workers = kill_one_of_two(path, runs, storage, ("--storage", storage), RUNS_DIR=str(runs))
-    assert [worker.wait() for worker in workers] == [0, 0]
+    study, victim, workers = kill_one_of_two(path, storage, ("--storage", storage), RUNS_DIR=str(runs))
+    finish(workers, study)
     opened = sweep.open_study(study, storage)
     assert sweep.results(opened, study)[victim]["state"] == "running", "nobody noticed"
-    assert sweep.return_lost(opened) == [victim] and sweep.return_lost(opened) == []
-    threads = sweep.train.torch.get_num_threads()
-    sweep.train.torch.set_num_threads(1)
-    sweep.work(opened)
-    sweep.train.torch.set_num_threads(threads)
+    words = ("--workers", "1", "--threads", "1", "--storage", storage)
+    finish([start(path, *words, "--requeue", RUNS_DIR=str(runs))], study, victim)
+    opened = sweep.open_study(study, storage)
+    assert sweep.return_lost(opened) == []
     compare_with_undisturbed(study, opened, tmp_path, monkeypatch)
 
 
@@ -217,6 +225,19 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
         (dict(seeds=[1, 1]), "seeds of 'decay' hold duplicates"),
         (dict(sedes=[1]), "exactly the keys.*sedes"),
         (dict(seeds=3), "seeds must be a list"),
+        (dict(seeds=["a"]), "seed='a' is not legal"),
+        (dict(seeds=[-1]), "seed=-1 is not legal"),
+        (dict(configurations=dict(a=dict(seeds=3))), "seeds must be a list"),
+        (dict(configurations=dict(a=dict(seeds=[]))), "seeds must be a list.*not empty"),
+        (dict(configurations=dict(a=dict(seed=3))), "unknown key 'seed'.*did you mean 'seeds'"),
+        (dict(configurations=dict(a=[1])), "'a': give a name of .* and under it settings"),
+        (dict(configurations={"a/b": None}), "'a/b': give a name of letters"),
+        (base(activation_at=[4]), r"activation_at=\[4\]"),
+        (base(width=float("nan")), "width=nan must be above 0"),
+        (base(width=0), "width=0 must be above 0"),
+        (base(watch="layers.99.conv1.weight"), "unknown parameter 'layers.99.conv1.weight'"),
+        (base(val="x"), "val='x' is not legal"),
+        (base(milestones=0.5), "not iterable"),
         (dict(configurations={}), "configurations must be a dict that is not empty"),
         (dict(configurations=dict(a=None, b=dict(momentum=0.9))), "'a' and 'b' are duplicates"),
     ),
@@ -225,6 +246,19 @@ def test_mistakes_in_the_file_are_named(tmp_path, changes, message):
     with pytest.raises(WorkbookError, match=message) as error:
         sweep.read(write(tmp_path, **changes))
     assert str(error.value).count("\n") == 0
+
+
+def test_a_configuration_given_twice_is_named(tmp_path):
+    text = write(tmp_path).read_text()
+    (tmp_path / "study.yaml").write_text(text.replace("  plain: null", "  plain: null\n  plain:\n    lr: 0.1"))
+    with pytest.raises(WorkbookError, match="'plain' is a duplicate"):
+        sweep.read(tmp_path / "study.yaml")
+
+
+def test_passwords_stay_out_of_messages(runs, tmp_path):
+    with pytest.raises(WorkbookError, match="cannot be reached") as error:
+        sweep.open_study(sweep.read(write(tmp_path)), "postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(error.value) and "me:***@127.0.0.1" in str(error.value)
 
 
 def test_unreadable_files_and_storages_are_named(runs, tmp_path):
@@ -252,7 +286,7 @@ def test_another_study_in_the_same_storage_is_refused(runs, tmp_path):
 @pytest.fixture
 def postgres():
     """A PostgreSQL server of its own on loopback; skips where PostgreSQL is not installed."""
-    places = "/usr/lib/postgresql/15/bin:/usr/lib/postgresql/16/bin:/usr/lib/postgresql/17/bin:" + os.environ["PATH"]
+    places = os.pathsep.join([*map(str, Path("/usr/lib/postgresql").glob("*/bin")), os.environ["PATH"]])
     binary = shutil.which("pg_ctl", path=places)
     pytest.importorskip("psycopg")
     if binary is None or shutil.which("initdb", path=places) is None:
@@ -265,15 +299,15 @@ def postgres():
     run(shutil.which("initdb", path=places), "-D", str(folder / "db"), "-U", "student", "-A", "trust")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
     run(binary, "-D", str(folder / "db"), "-l", str(folder / "log"), "-w", "-o", options, "start")
-    yield f"postgresql://student@127.0.0.1:{port}/postgres"
+    yield f"postgresql+psycopg://student@127.0.0.1:{port}/postgres"
     run(binary, "-D", str(folder / "db"), "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
 
 def test_killed_worker_with_postgresql(runs, tmp_path, monkeypatch, postgres):
     path = write(tmp_path, seeds=[0], **base(epochs=4, batch_size=200))
-    study, victim, workers = kill_one_of_two(path, runs, postgres, ("--storage", postgres), RUNS_DIR=str(runs))
-    assert [worker.wait() for worker in workers] == [0, 0]
+    study, victim, workers = kill_one_of_two(path, postgres, ("--storage", postgres), RUNS_DIR=str(runs))
+    finish(workers, study, victim)
     opened = sweep.open_study(study, postgres)
     tries = [t.state.name for t in opened.get_trials() if t.user_attrs.get("key") == victim]
     assert sorted(tries) == ["COMPLETE", "FAIL"]
@@ -281,8 +315,15 @@ def test_killed_worker_with_postgresql(runs, tmp_path, monkeypatch, postgres):
 
 
 def test_command_runs_a_study_with_two_workers(runs, tmp_path):
-    process = start(write(tmp_path, seeds=[0]), "--workers", "2", RUNS_DIR=str(runs))
+    path = write(tmp_path, seeds=[0])
+    queued = start(path, "--workers", "0", RUNS_DIR=str(runs))
+    assert "small: 2 not run" in queued.communicate()[0] and not list(runs.glob("*/"))
+    process = start(path, "--workers", "2", "--trackers", "tensorboard", RUNS_DIR=str(runs))
     assert "small: 2 complete" in process.communicate()[0] and process.returncode == 0
+    assert len(list(runs.rglob("events.out.tfevents*"))) >= 2
+    for words in (("--workers", "-1"), ("--heartbeat", "0"), ("--threads", "0")):
+        with pytest.raises(WorkbookError, match=f"{words[0][2:]}={words[1]} is not legal"):
+            sweep.main(str(path), **{words[0][2:]: int(words[1])})
     bad = subprocess.run(
         [sys.executable, "-m", "common.sweep", str(write(tmp_path, **base(lrr=1)))], cwd=ROOT, capture_output=True, text=True
     )
