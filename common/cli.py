@@ -1,7 +1,7 @@
 """`python -m common.train`: a training from the command line; every field of `TrainConfig` is an option."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import tyro
 from accelerate import PartialState
@@ -31,7 +31,7 @@ def main(arguments=None) -> None:
     """Parse the command line, train, print the best epoch; a mistake ends in one line and exit status 1."""
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m common.train")
-        config = train.TrainConfig(**{field.name: getattr(command, field.name) for field in fields(train.TrainConfig)})
+        config = train.TrainConfig(**{name: getattr(command, name) for name in train.FIELDS})
         with PartialState().local_main_process_first():  # so that one of them downloads
             split = data.load(command.dataset, command.val)
         sized = {} if command.width is None else {"width": int(command.width) if command.width % 1 == 0 else command.width}

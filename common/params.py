@@ -66,6 +66,18 @@ def switch(name, value):
         raise WorkbookError(f"{name}={value!r} is not legal; give True or False")
 
 
+def mapping(legal):
+    """A rule for a mapping with keys from `legal`; papermill takes one with -y or -f."""
+
+    def rule(name, value):
+        if not isinstance(value, dict):
+            raise WorkbookError(f'{name}={value!r} is not legal; give a mapping, with papermill as -y "{name}: {{key: value}}"')
+        for key in value:
+            choose(f"key of {name}", key, legal)
+
+    return rule
+
+
 def optional(rule):
     """The same rule, with None allowed: "as the scale's table says"."""
     return lambda name, value: value is None or rule(name, value)

@@ -4,7 +4,6 @@
 command on the same storage.
 """
 
-import dataclasses
 import functools
 import inspect
 import multiprocessing
@@ -30,7 +29,7 @@ from optuna.trial import TrialState
 
 from common import WorkbookError, choose, data, models, params, train
 
-CONFIG = {field.name for field in dataclasses.fields(train.TrainConfig)} - {"seed", "init"}
+CONFIG = set(train.FIELDS) - {"seed", "init"}
 SECTIONS = ("name", "base", "seeds", "configurations")
 THERE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)  # a trial in another state does not have its run
 

@@ -86,6 +86,9 @@ class TrainConfig:
             raise WorkbookError(f"warmup={self.warmup} fills all of epochs={self.epochs}; give fewer epochs of warm-up")
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+
+
 @dataclass
 class Run:
     """A finished run: the model with its best weights, one history row an epoch, the manifest, its folder."""

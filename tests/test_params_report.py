@@ -40,6 +40,15 @@ def test_names_of_the_notebook_itself_are_not_parameters():
     params.check(GOOD | dict(In=["x = 3", "# Parameters\nratio = 0.5"], x=3), **RULES)
 
 
+def test_a_mapping_names_its_unknown_keys():
+    rule = params.optional(params.mapping(("lr", "momentum")))
+    rule("more", None), rule("more", {"lr": 1})
+    with pytest.raises(WorkbookError, match="unknown key of more 'momentun'.*did you mean 'momentum'"):
+        rule("more", {"momentun": 0.9})
+    with pytest.raises(WorkbookError, match="give a mapping, with papermill as -y"):
+        rule("more", "lr=1")
+
+
 def test_settings_take_overrides():
     assert params.settings({"quick": dict(a=1, b=2)}, "quick", a=None, b=5) == dict(a=1, b=5)
 
