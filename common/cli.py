@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from common import WorkbookError, data, models, params, report, train
 
@@ -13,7 +14,8 @@ from common import WorkbookError, data, models, params, report, train
 class Command(train.TrainConfig):
     """Train a network on CIFAR and keep its run in runs/; the same command again resumes or loads it.
 
-    Several GPUs or machines: accelerate launch -m common.train, with the same options; machines share runs/.
+    Several GPUs or machines: accelerate launch -m common.train, with the same options; machines share runs/. Several CPU
+    processes: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m common.train, with the same options.
     """
 
     init: tyro.conf.Suppress[str] = "random"  # what notebooks record here, the command line has no use for
@@ -32,14 +34,16 @@ def main(arguments=None) -> None:
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m common.train")
         config = train.TrainConfig(**{name: getattr(command, name) for name in train.FIELDS})
-        with PartialState().local_main_process_first():  # so that one of them downloads
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # several CPU processes would not be seen otherwise
+        with state.local_main_process_first():  # so that one of them downloads
             split = data.load(command.dataset, command.val)
         sized = {} if command.width is None else {"width": int(command.width) if command.width % 1 == 0 else command.width}
         x = data.normalise(split.train.x[:5000], split.spec)
         model = models.fresh(command.model, config.seed, x, classes=split.spec.classes, **sized)
         folder = params.runs_folder() / (command.run or f"{command.model}-{command.dataset}")
         run = train.fit(model, split, config, folder, trackers=command.trackers, every=command.every)
-        if not PartialState().is_main_process:
+        state.destroy_process_group()
+        if not state.is_main_process:
             return
         print(f"{folder}: best epoch {run.manifest['best']['epoch']}, validation {run.manifest['best']['val_accuracy']:.2%}")
         if command.test:

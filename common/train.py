@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
@@ -250,8 +250,9 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         if on_epoch:
             on_epoch(row)
         if state["finished"]:
-            accelerator.end_training()
             accelerator.wait_for_everyone()
+            for tracker in accelerator.trackers:  # end_training would also end the processes' ties, which a next fit may need
+                tracker.finish()
             model = accelerator.unwrap_model(net, keep_fp32_wrapper=False).cpu()
 
     model.load_state_dict(state["best"]["state_dict"])
@@ -458,13 +459,16 @@ def commit() -> str:
 
 
 def machine(device="cpu") -> dict:
-    """Names of processor and GPU, cores, threads and torch version."""
+    """Names of processor and GPU, cores, processes, threads of each, and torch version."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     named = re.search(r"model name\s*: (.*)", info)
     cpu = named[1] if named else platform.processor() or platform.machine()
     kind = torch.device(device).type
     gpu = torch.cuda.get_device_name(device) if kind == "cuda" else None if kind == "cpu" else kind
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__)
+    processes = PartialState().num_processes
+    return dict(
+        cpu=cpu, cores=os.cpu_count(), processes=processes, threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__
+    )
 
 
 def save(path, content: dict) -> Path:

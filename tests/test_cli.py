@@ -62,18 +62,21 @@ def test_mistakes_end_in_one_line(runs, words, message):
 
 def test_two_processes_learn_what_one_learns(runs):
     """Two CPU processes (gloo), each with half of every batch; BatchNorm sees smaller batches, so only about the same."""
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     # Another free port than the default, which a second test run on this machine may be using.
-    launch += f" --main_process_port {params.os.getpid() % 20000 + 20000} -m common.train"
+    launch = f"-m torch.distributed.run --nproc_per_node 2 --master_port {params.os.getpid() % 20000 + 20000} -m common.train"
+    paths = {}
     for words, name in ((launch, "two"), ("-m common.train", "one")):
-        command = [sys.executable, *words.split(), *SMALL.split(), "--epochs", "8", "--run", name]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, *words.split(), *SMALL.replace("0.02", "0.05").split(), "--epochs", "5"]
+        environment = {**params.os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RUNS_DIR": str(runs / name)}
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]
-        assert result.stdout.count("epoch   8/8") == 1, "only the main process prints"
-    one, two = (json.loads((runs / name / "run.json").read_text()) for name in ("one", "two"))
+        assert result.stdout.count("epoch   5/5") == 1, "only the main process prints"
+        paths[name] = next((runs / name).glob("*/run.json"))
+    one, two = (json.loads(paths[name].read_text()) for name in ("one", "two"))
+    assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
     for name in ("one", "two"):
-        header, *rows = (line.split(",") for line in (runs / name / "history.csv").read_text().splitlines())
-        assert [row[header.index("images")] for row in rows] == ["2000"] * 8, "each image once an epoch, over all processes"
+        header, *rows = (line.split(",") for line in (paths[name].parent / "history.csv").read_text().splitlines())
+        assert [row[header.index("images")] for row in rows] == ["2000"] * 5, "each image once an epoch, over all processes"
     assert one["config"] == two["config"] and one["data"] == two["data"]
     # Chance is 10 %, and 500 validation images tell apart differences of about 6 points.
     assert min(one["best"]["val_accuracy"], two["best"]["val_accuracy"]) > 0.2
