@@ -49,7 +49,6 @@ def papermill(notebook, folder, *parameters):
         ("Lab1/cifar100.ipynb", "dropout", "1", "dropout=1"),
         ("Lab2/modelprune.ipynb", "ratio", "1.5", "ratio=1.5"),
         ("Lab2/modelprune.ipynb", "criterion", "gama", "did you mean 'gamma'"),
-        ("Lab2/sparsity_train.ipynb", "more", "momentum=0.9", "give a mapping"),
         ("Lab2/modelprune.ipynb", "ratoi", "0.7", "did you mean 'ratio'"),
         ("Lab2/sparsity_train.ipynb", "scale", "huge", "quick, laptop, full"),
         ("Lab2/train_prune_model.ipynb", "checkpoint", "missing.pt", "does not exist"),
