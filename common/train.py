@@ -49,6 +49,7 @@ class TrainConfig:
     lr_gamma: float = 1.0  # learning rate of gammas, as a multiple of the others'
     lr_bias: float = 1.0  # learning rate of biases and betas, as a multiple of the others'
     momentum: float = 0.9  # of "sgd" and "muon"
+    momentum_other: float | None = None  # with "muon": of everything that is not a convolution; None: the same
     weight_decay: float = 5e-4  # on weights only: not on gammas, betas and biases
     decay_bias: bool = False  # biases and betas decay too, as fast as the other weights do
     schedule: str = "cosine"  # or "linear", "steps", "constant"; all but the last end near 0
@@ -75,6 +76,7 @@ class TrainConfig:
         rules |= dict.fromkeys(("lr", "lr_other", "lr_gamma", "lr_bias", "weight_decay", "warmup", "lam"), params.number(0))
         rules |= dict.fromkeys(("momentum", "label_smoothing", "low_res"), params.number(0, below=1))
         rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
+        rules |= dict(momentum_other=params.optional(params.number(0, below=1)))
         for name, rule in rules.items():
             rule(name, getattr(self, name))
         for share in self.milestones:
@@ -155,6 +157,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     bias = decay / config.lr_bias if config.decay_bias and config.lr_bias else 0
     rates = (config.lr, decay), (rest, decay), (rest * config.lr_gamma, 0), (rest * config.lr_bias, bias)
     groups = [dict(params=[], lr=lr, peak=lr, weight_decay=decay, orthogonal=i == 0) for i, (lr, decay) in enumerate(rates)]
+    for group in groups[1:] if config.optimizer == "muon" and config.momentum_other is not None else ():
+        group["momentum"] = config.momentum_other
     for p in model.parameters():
         if p.requires_grad:
             groups[kinds[p]]["params"].append(p)
@@ -316,8 +320,8 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
         optimizer.step()
         if config.penalty == "proximal":
             # Under momentum a constant force moves a weight by lr / (1 - momentum) a step: lam means the same in both forms.
-            inertia = 1 - config.momentum if config.optimizer != "adam" else 1
-            slimming.shrink(gammas, config.lam * optimizer.param_groups[2]["lr"] / inertia)
+            of_gammas = optimizer.param_groups[2]
+            slimming.shrink(gammas, config.lam * of_gammas["lr"] / (1 - of_gammas.get("momentum", 0)))
         optimizer.zero_grad()
     norms = dict(zip(("grad_norm", "watched_norm"), (sums[3:] / len(loader)).tolist()))
     loss, correct, images, *_ = accelerator.reduce(sums).tolist()

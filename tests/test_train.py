@@ -217,6 +217,15 @@ def test_biases_decay_as_fast_as_weights_if_asked():
         assert biases["lr"] * biases["weight_decay"] == pytest.approx(other["lr"] * other["weight_decay"] * on)
 
 
+def test_momentum_other_is_that_of_all_but_convolutions():
+    config = TrainConfig(optimizer="muon", momentum=0.6)
+    for other, expected in ((None, [0.6] * 4), (0.85, [0.6] + [0.85] * 3), (0.0, [0.6, 0.0, 0.0, 0.0])):
+        groups = train.make_optimizer(network(), dataclasses.replace(config, momentum_other=other)).param_groups
+        assert [group["momentum"] for group in groups] == expected
+    with pytest.raises(WorkbookError, match="momentum_other=1"):
+        dataclasses.replace(config, momentum_other=1)
+
+
 def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
     def fitted(name, **changes):
         seen = []
