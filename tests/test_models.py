@@ -43,6 +43,18 @@ def test_spec_builds_the_same_network(network):
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()}
 
 
+@pytest.mark.parametrize("name", ("resnet18", "seresnet44"))
+def test_gradients_of_narrow_networks_do_not_depend_on_the_memory_layout(name):
+    """Strided 1×1 convolutions of few channels: torch's CPU library gets their gradients wrong (oneDNN issue 6035)."""
+    x, gradients = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for layout, dtype in ((torch.channels_last, torch.float32), (torch.contiguous_format, torch.float64)):
+        model = fresh(name, 0, x[:0], width=4).to(dtype)
+        model.to(memory_format=layout)(x.to(dtype, memory_format=layout)).logsumexp(1).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for n, wanted in gradients[1].items():
+        assert torch.allclose(gradients[0][n].double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())), n
+
+
 def test_width_scales_the_network():
     assert build("resnet18", width=16).cfg == [c // 4 for c in build("resnet18").cfg]
 
