@@ -44,15 +44,18 @@ def test_spec_builds_the_same_network(network):
 
 
 @pytest.mark.parametrize("name", ("resnet18", "seresnet44"))
-def test_gradients_of_narrow_networks_do_not_depend_on_the_memory_layout(name):
+def test_gradients_of_narrow_networks_do_not_depend_on_the_memory_layout(name, monkeypatch):
     """Strided 1×1 convolutions of few channels: torch's CPU library gets their gradients wrong (oneDNN issue 6035)."""
+    for owner in (torch.nn.functional, torch.Tensor):  # a smooth activation: no kink that rounding could cross
+        monkeypatch.setattr(owner, "relu", lambda x: torch.nn.functional.softplus(x))
     x, gradients = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
     for layout, dtype in ((torch.channels_last, torch.float32), (torch.contiguous_format, torch.float64)):
         model = fresh(name, 0, x[:0], width=4).to(dtype)
         model.to(memory_format=layout)(x.to(dtype, memory_format=layout)).logsumexp(1).sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for n, wanted in gradients[1].items():
-        assert torch.allclose(gradients[0][n].double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())), n
+        error = float((gradients[0][n].double() - wanted).norm() / wanted.norm())
+        assert error < 0.01, f"{n}: {error:.1%} off"
 
 
 def test_width_scales_the_network():
