@@ -118,6 +118,8 @@ def provenance(manifest: dict) -> str:
         f"(validation {data['val']:,}), seed {manifest['config']['seed']}, {manifest['seconds'] / 60:.1f} min on "
         f"{device}, torch {machine['torch']}, commit `{manifest['commit']}`; {settings}, "
         f"augmentation {' '.join(config['augment']) or 'none'}"
+        + f", {manifest.get('precision')}"
+        * (manifest.get("precision", "no") != "no")
     )
 
 

@@ -60,7 +60,7 @@ class TrainConfig:
     low_res: float = 0.0  # share of the epochs, from the first on, trained on images shrunk to 24×24 pixels
     accumulate: int = 1  # pieces a batch is cut into, one backward pass each
     clip: float | None = None  # largest gradient norm
-    precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is "no" on a CPU
+    precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is what the machine computes natively
     select: str = "best"  # whose weights are kept: of the "best" epoch on validation, or of the "last"
     patience: int | None = None  # epochs without a better validation accuracy before stopping
     lam: float = 0.0  # L1 strength on the gammas of the inner prune groups
@@ -207,8 +207,8 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         write_file(folder / "config.json", json.dumps(identity, indent=1))  # also shows now that the folder can be written
         keep_freed_memory()
         AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
-        precision, log_with = native_precision(config.precision), list(trackers) or None
-        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
+        state["precision"], log_with = native_precision(config.precision, model), list(trackers) or None
+        accelerator = Accelerator(mixed_precision=state["precision"], log_with=log_with, project_dir=folder)
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
         train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
         loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
@@ -379,15 +379,21 @@ def views(model, x: Tensor, tta: int = 0) -> Tensor:
     return mirrored / 2 + sum(views(model, padded[:, :, at : at + size, at : at + size], 1) for at in (0, 2)) / 4
 
 
-def native_precision(precision: str) -> str:
-    """Resolve "auto": bf16 where the GPU computes it natively (capability ≥ 8), fp16 on older ones, none elsewhere."""
+def native_precision(precision: str, model: nn.Module) -> str:
+    """Resolve "auto": bf16 where GPU (capability ≥ 8) or CPU (AVX-512 BF16, AMX) compute it, fp16 on older GPUs, else "no".
+
+    Raises WorkbookError if fp16 is asked for without a GPU.
+    """
     if precision == "fp16" and not torch.cuda.is_available():
         raise WorkbookError("precision='fp16' needs a GPU; choose 'auto', 'no' or 'bf16'")
     if precision != "auto":
         return precision
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    # On a CPU, bf16 takes 0.6 × the time of dense convolutions, but 1.7 × that of depthwise ones.
+    depthwise = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
+    native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if native and not depthwise else "no"
 
 
 def keep_freed_memory() -> None:
@@ -434,7 +440,7 @@ def write_run(folder: Path, state: dict, device) -> None:
     history, best = state["history"], {k: state["best"][k] for k in ("epoch", "val_accuracy")}
     write_file(folder / "history.csv", csv_text(history))
     manifest = dict(name=folder.name, epochs=len(history), best=best, machine=machine(device))
-    manifest |= {key: state[key] for key in ("finished", "seconds", "commit", "config", "spec", "data")}
+    manifest |= {key: state[key] for key in ("finished", "seconds", "commit", "precision", "config", "spec", "data")}
     write_file(folder / "run.json", json.dumps(manifest, indent=1))
     if state["finished"]:
         meta = dict(run=folder.name, **best)

@@ -16,7 +16,7 @@ import torch
 
 from common import ROOT, WorkbookError, measure, slimming, train
 from common.models import build
-from common.train import TrainConfig, fit, lr_factor
+from common.train import TrainConfig, fit, lr_factor, native_precision
 
 CONFIG = TrainConfig(epochs=3, batch_size=30, optimizer="muon", lr=0.1, momentum=0.6, augment=("flip", "crop:2"))
 
@@ -168,8 +168,24 @@ def test_low_resolution_for_the_first_share_of_the_epochs(small, tmp_path):
         assert cost == pytest.approx(6e-13 * (low * measure.macs(model, 24) + (epochs - low) * measure.macs(model)))
 
 
+@pytest.mark.parametrize("capability, expected", ((None, "no"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")))
+def test_auto_precision_is_what_the_cpu_computes_natively(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx512_f": True})
+    assert native_precision("auto", network()) == expected and native_precision("no", network()) == "no"
+    assert native_precision("auto", build("mobilenet", width=0.1)) == "no"  # depthwise convolutions are slower in bf16
+
+
+@pytest.mark.parametrize("capability, expected", (((7, 5), "fp16"), ((8, 0), "bf16")))
+def test_auto_precision_is_what_the_gpu_computes_natively(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert native_precision("auto", network()) == expected
+
+
 def test_bf16_on_a_cpu_trains(small, tmp_path):
     run = fit(network(), small, dataclasses.replace(CONFIG, precision="bf16"), tmp_path / "run")
+    assert run.manifest["precision"] == "bf16"
     assert all(value.dtype != torch.bfloat16 for value in run.model.state_dict().values()) and math.isfinite(
         run.history[-1]["train_loss"]
     )
@@ -296,7 +312,9 @@ def test_accumulation_takes_the_same_steps(small, tmp_path):
                 setattr(block, name, torch.nn.Identity())
             if hasattr(block, "shortcut") and len(block.shortcut):
                 block.shortcut[1] = torch.nn.Identity()
-        config = dataclasses.replace(CONFIG, optimizer="sgd", lr=1e-3, epochs=1, accumulate=pieces, schedule="constant")
+        config = dataclasses.replace(
+            CONFIG, optimizer="sgd", lr=1e-3, epochs=1, accumulate=pieces, schedule="constant", precision="no"
+        )
         ends[pieces] = weights(fit(model, small, config, tmp_path / str(pieces)).model)
     start = weights(network())
     moved = max(float((ends[1][name] - start[name]).abs().max()) for name in ends[1])
