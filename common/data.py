@@ -94,17 +94,21 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     else:
         folder = Path(folder or os.environ.get("CIFAR_DIR") or ROOT / "data")
         arrays = cached(name, folder)
-        val = spec.default_val if val is None else val
-        if val % spec.classes or not 0 < val < len(arrays["y_train"]):
-            raise WorkbookError(
-                f"val={val!r} is not legal; give a multiple of {spec.classes} between {spec.classes} "
-                f"and {len(arrays['y_train']) - spec.classes}"
-            )
+        val = check_val(val, spec)
         held = held_out(arrays["y_train"], val // spec.classes, seed)
     x, y, xt, yt = (torch.from_numpy(arrays[key]) for key in KEYS)
     x, xt, y, yt = x.permute(0, 3, 1, 2), xt.permute(0, 3, 1, 2), y.long(), yt.long()
     names = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else class_names(spec)
     return Split(Images(x[~held], y[~held]), Images(x[held], y[held]), Images(xt, yt), spec, names)
+
+
+def check_val(val: int | None, spec: Spec) -> int:
+    """The number of validation images, the data set's default for None; raises WorkbookError if classes do not divide it."""
+    val, n = spec.default_val if val is None else val, spec.counts[0] * spec.classes
+    if val % spec.classes or not 0 < val < n:
+        most = n - spec.classes
+        raise WorkbookError(f"val={val!r} is not legal; give a multiple of {spec.classes} between {spec.classes} and {most}")
+    return val
 
 
 def all_training(split: Split) -> Split:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import optuna
+import psutil
 import sqlalchemy
 import torch
 import tyro
@@ -27,10 +28,12 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from common import WorkbookError, choose, data, models, params, train
+from common import ROOT, WorkbookError, choose, data, models, params, train
 
 CONFIG = set(train.FIELDS) - {"seed", "init"}
-SECTIONS = ("name", "base", "seeds", "configurations")
+SECTIONS = dict(name=str, base=dict, seeds=list, configurations=dict)
+NAME = r"[\w.-]*\w[\w.-]*"  # of studies and configurations: a part of a folder's name
+FINISHED = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # what telling a finished trial raises, by its timing
 THERE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)  # a trial in another state does not have its run
 
 
@@ -66,14 +69,15 @@ def read(path) -> Study:
     if not isinstance(content, dict) or set(content) != set(SECTIONS):
         odd = sorted(set(content) ^ set(SECTIONS)) if isinstance(content, dict) else "no keys"
         raise WorkbookError(f"study file {path} must have exactly the keys {', '.join(SECTIONS)}; look at: {odd}")
-    kinds = dict(name=str, base=dict, seeds=list, configurations=dict)
-    for key, kind in kinds.items():
+    for key, kind in SECTIONS.items():
         if not isinstance(content[key], kind) or not content[key]:
             raise WorkbookError(f"study file {path}: {key} must be a {kind.__name__} that is not empty; got {content[key]!r}")
+    if not re.fullmatch(NAME, content["name"]):
+        raise WorkbookError(f"study file {path}: name must consist of letters, digits, '.', '-' and '_'; got {content['name']!r}")
     runs, seen = {}, {}
     for name, changes in content["configurations"].items():
         where = f"study file {path}, configuration {name!r}"
-        if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(changes or {}, dict):
+        if not re.fullmatch(NAME, str(name)) or not isinstance(changes or {}, dict):
             raise WorkbookError(f"{where}: give a name of letters, digits, '.', '-' and '_', and under it settings")
         settings = {**content["base"], **(changes or {})}
         seeds = settings.pop("seeds", content["seeds"])
@@ -81,7 +85,7 @@ def read(path) -> Study:
             check(settings, seeds)
         except (TypeError, ValueError, ArithmeticError, RuntimeError, WorkbookError) as error:
             raise WorkbookError(f"{where}: {' '.join(str(error).split())}") from None
-        twin = seen.setdefault(repr((*parts(settings), settings["dataset"], settings.get("val"))), name)
+        twin = seen.setdefault(repr(complete(settings)), name)
         if twin != name or len(set(seeds)) < len(seeds):
             other = f"configurations {twin!r} and {name!r} are" if twin != name else f"seeds of {name!r} hold"
             raise WorkbookError(f"study file {path}: {other} duplicates; remove one")
@@ -99,6 +103,7 @@ def check(settings: dict, seeds: list) -> None:
         choose("key", key, sorted(CONFIG | {"model", "dataset", "val", "seeds"} | own))
     choose("dataset", settings.get("dataset"), data.SPECS)
     params.optional(params.whole(1))("val", settings.get("val"))
+    data.check_val(settings.get("val"), data.SPECS[settings["dataset"]])
     for seed in seeds:
         config, network = parts({**settings, "seed": seed})
     model = models.build(**network)
@@ -113,6 +118,15 @@ def parts(settings: dict) -> tuple:
     config = train.TrainConfig(**{key: settings[key] for key in settings if key in own})
     network = {key: settings[key] for key in settings if key not in own | {"model", "dataset", "val"}}
     return config, dict(name=settings["model"], classes=data.SPECS[settings["dataset"]].classes, **network)
+
+
+def complete(settings: dict) -> tuple:
+    """What makes a configuration: its `parts` and data, with all defaults filled in."""
+    config, network = parts(settings)
+    arguments = inspect.signature(models.MODELS[network["name"]]).bind(**{k: v for k, v in network.items() if k != "name"})
+    arguments.apply_defaults()
+    spec = data.SPECS[settings["dataset"]]
+    return config, settings["model"], arguments.arguments, spec, settings.get("val") or spec.default_val
 
 
 def folder_of(study: str, key: str) -> Path:
@@ -133,12 +147,15 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
     """The Optuna study in `storage`, with every run of the file enqueued (unless `enqueue` is False).
 
     `storage`: a database URL (with heartbeat every `heartbeat` seconds; a trial silent for four of them is queued
-    again), or "journal:PATH" for a file on a shared disk; default sqlite in runs/. Raises WorkbookError if it
-    cannot be reached, or holds runs of other settings under the same names.
+    again), or "journal:PATH" for a file on a shared disk; default sqlite in runs/. Paths that are not absolute begin at
+    the repository. Raises WorkbookError if it cannot be reached, or holds runs of other settings under the same names.
     """
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeat and retry are
     folder = params.runs_folder()
     url = storage or f"sqlite:///{folder / study.name}.db"
+    for kind in ("sqlite:///", "journal:"):
+        url = f"{kind}{ROOT / url.removeprefix(kind)}" if url.startswith(kind) else url
+    shown = re.sub(r"(?<=:)[^/@]+(?=@)", "***", url)  # no password in a message
     try:
         if url.startswith("journal:"):
             path = Path(url.removeprefix("journal:"))
@@ -147,7 +164,8 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
         else:
             folder.mkdir(parents=True, exist_ok=True)
             sqlite = url.startswith("sqlite")
-            arguments = dict(pool_pre_ping=True) | (dict(connect_args=dict(timeout=60, isolation_level=None)) if sqlite else {})
+            arguments = dict(timeout=60, isolation_level=None) if sqlite else dict(connect_timeout=20)
+            arguments = dict(pool_pre_ping=True, connect_args=arguments)
             retry = lambda study, trial: queue_run(study, trial.user_attrs)
             beat = dict(heartbeat_interval=heartbeat, grace_period=4 * heartbeat, heartbeat_stale_trial_callback=retry)
             backend = RDBStorage(url, arguments, **beat)
@@ -156,18 +174,17 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
                 sqlalchemy.event.listen(backend.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         opened = optuna.create_study(storage=backend, study_name=study.name, direction="maximize", load_if_exists=True)
     except Exception as error:  # each database and driver has errors of its own
-        url = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)  # no password in a message
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WorkbookError(f"storage {url} cannot be reached ({reason}); check the address, or leave it out") from None
+        raise WorkbookError(f"storage {shown} cannot be reached ({reason}); check the address, or leave it out") from None
     trials = [trial for trial in opened.get_trials(deepcopy=False) if "key" in trial.user_attrs]
     if trials and not {trial.user_attrs["key"] for trial in trials} & set(study.runs):
-        raise WorkbookError(f"storage {url} holds another study {study.name!r}, with none of these runs; use another name")
+        raise WorkbookError(f"storage {shown} holds another study {study.name!r}, with none of these runs; use another name")
     for trial in trials:
         key, saved = trial.user_attrs["key"], trial.user_attrs["settings"]
         wanted = study.runs.get(key, saved)
         if odd := [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]:
             raise WorkbookError(
-                f"storage {url} holds a study {study.name!r} whose run {key!r} has {odd[0]}={saved.get(odd[0])!r}, not "
+                f"storage {shown} holds a study {study.name!r} whose run {key!r} has {odd[0]}={saved.get(odd[0])!r}, not "
                 f"{wanted.get(odd[0])!r}; change the study's name or the storage"
             )
     known = {trial.user_attrs["key"] for trial in trials if trial.state in THERE or "error" in trial.user_attrs}
@@ -179,16 +196,15 @@ def open_study(study: Study, storage: str | None = None, heartbeat: int = 30, en
 
 def gone(trial, everywhere: bool = False) -> bool:
     """Whether a running trial's worker is known to be dead: no such process here; `everywhere`: or not of this machine."""
-    host, _, pid = trial.user_attrs.get("worker", ":").rpartition(":")
+    host, pid, began = trial.user_attrs.get("worker", (None, None, None))
     if not pid:  # it died before it could leave its name
         return (datetime.now() - trial.datetime_start).total_seconds() > 120
-    if host != socket.gethostname() or os.name == "nt":  # on Windows signal 0 is no harmless question
+    if host != socket.gethostname():
         return everywhere
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, PermissionError):  # no such process, or another user's by now
+        return abs(psutil.Process(pid).create_time() - began) > 10  # another process by now
+    except psutil.NoSuchProcess:
         return True
-    return False
 
 
 def return_lost(opened: optuna.Study, failed: bool = True, everywhere: bool = False) -> list:
@@ -198,7 +214,7 @@ def return_lost(opened: optuna.Study, failed: bool = True, everywhere: bool = Fa
     for trial in list(dead):
         try:
             opened.tell(trial.number, state=TrialState.FAIL)
-        except ValueError:  # another worker was first
+        except FINISHED:  # another worker was first
             dead.remove(trial)
     there = {trial.user_attrs["key"] for trial in trials if trial.state in THERE and trial not in dead}
     lost = {t.user_attrs["key"]: t for t in trials if t in dead or (failed and t.state == TrialState.FAIL)}
@@ -214,7 +230,7 @@ def objective(trial: optuna.Trial, trackers=()) -> float:
     others = [t for t in trial.study.get_trials(deepcopy=False) if t.number < trial.number and t.user_attrs.get("key") == key]
     if key is None or any(t.state in THERE for t in others):
         raise optuna.TrialPruned("nothing left to run, or another trial has this run")
-    trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+    trial.set_user_attr("worker", (socket.gethostname(), os.getpid(), psutil.Process().create_time()))
     try:
         settings = trial.user_attrs["settings"]
         config, network = parts(settings)
@@ -234,13 +250,13 @@ def objective(trial: optuna.Trial, trackers=()) -> float:
 
 def work(opened: optuna.Study, heartbeat: int = 30, trackers=()) -> None:
     """Run waiting trials until none waits; then stay while others run, in case one of them dies."""
-    count = lambda *states: len(opened.get_trials(deepcopy=False, states=states))
+    count = lambda *states: sum("key" in trial.user_attrs for trial in opened.get_trials(deepcopy=False, states=states))
     while count(TrialState.WAITING, TrialState.RUNNING):
         if count(TrialState.WAITING):
             try:
                 opened.optimize(functools.partial(objective, trackers=trackers), n_trials=1, catch=(Exception,))
-            except ValueError as error:  # silent for too long (a sleeping laptop): the run was given to another worker
-                if "Cannot tell" not in str(error):
+            except FINISHED as error:  # silent for too long (a sleeping laptop): the run was given to another worker
+                if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                     raise
                 print(f"a run of this worker was finished by another one ({error})")
         elif isinstance(opened._storage, JournalStorage):
@@ -299,21 +315,24 @@ def main(
         heartbeat: seconds between two signs of life; after four without one, a trial is queued again.
         trackers: "tensorboard", "mlflow", "wandb" or "trackio".
     """
-    for name, value, least in (("workers", workers, 0), ("heartbeat", heartbeat, 1)):
-        params.whole(least)(name, value)
+    params.whole(0)("workers", workers)
+    params.whole(1)("heartbeat", heartbeat)
     params.optional(params.whole(1))("threads", threads)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = read(file)
+    train.check_trackers(trackers)
+    # Downloads once, before several workers would; and before anything is queued.
+    for dataset, val in {(settings["dataset"], settings.get("val")) for settings in study.runs.values()} if workers else ():
+        load(dataset, val)
     opened = open_study(study, storage, heartbeat)
     if requeue or requeue_all:
         print("queued again:", ", ".join(return_lost(opened, everywhere=requeue_all)) or "nothing")
-    for dataset, val in {(settings["dataset"], settings.get("val")) for settings in study.runs.values()} if workers else ():
-        load(dataset, val)  # downloads once, before several workers would
     if workers == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         work(opened, heartbeat, trackers)
     elif workers:
-        threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = threads or max(1, cores // workers)
         context = multiprocessing.get_context("spawn")
         words = (study, storage, heartbeat, threads, trackers)
         processes = [context.Process(target=worker, args=words, daemon=True) for _ in range(workers)]

@@ -192,9 +192,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         raise WorkbookError(
             f"lam={config.lam} acts on gammas, which this network keeps fixed; build it with gammas=True, or lam=0"
         )
-    for tracker in trackers:
-        if importlib.util.find_spec(choose("tracker", tracker, TRACKERS)) is None:
-            raise WorkbookError(f"tracker {tracker!r} is not installed; run: pip install {tracker}")
+    check_trackers(trackers)
     saved = load_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     if saved:
         refuse_other_settings(saved, identity, folder)
@@ -261,6 +259,13 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
 
     model.load_state_dict(state["best"]["state_dict"])
     return Run(model.eval(), history, json.loads((folder / "run.json").read_text()), folder)
+
+
+def check_trackers(trackers) -> None:
+    """Raise WorkbookError for the name of a tracker that is unknown or not installed."""
+    for tracker in trackers:
+        if importlib.util.find_spec(choose("tracker", tracker, TRACKERS)) is None:
+            raise WorkbookError(f"tracker {tracker!r} is not installed; run: pip install {tracker}")
 
 
 def fit_in_memory(make_model, split: Split, config: TrainConfig, folder, **hooks) -> Run:

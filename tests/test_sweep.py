@@ -91,7 +91,7 @@ def test_a_pruned_duplicate_does_not_hide_a_lost_run(runs, tmp_path):
     attributes = {"key": "plain/0", "settings": study.runs["plain/0"]}
     opened.enqueue_trial({}, user_attrs=attributes)
     first, second = opened.ask(), opened.ask()
-    first.set_user_attr("worker", f"{sweep.socket.gethostname()}:{2**22 + 1}")  # no process has this number
+    first.set_user_attr("worker", (sweep.socket.gethostname(), 2**22 + 1, 0.0))  # no process has this number
     opened.tell(second, state=TrialState.PRUNED)
     assert sweep.return_lost(opened, failed=False) == ["plain/0"] and sweep.return_lost(opened) == []
     sweep.work(opened)
@@ -101,8 +101,39 @@ def test_a_pruned_duplicate_does_not_hide_a_lost_run(runs, tmp_path):
 def test_runs_of_other_machines_are_returned_only_on_demand(runs, tmp_path):
     opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
     trial = opened.ask()
-    trial.set_user_attr("worker", "elsewhere:1")
+    trial.set_user_attr("worker", ("elsewhere", 1, 0.0))
     assert sweep.return_lost(opened) == [] and sweep.return_lost(opened, everywhere=True) == ["plain/0"]
+
+
+def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(runs, tmp_path):
+    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
+    trial, began = opened.ask(), sweep.psutil.Process().create_time()
+    trial.set_user_attr("worker", (sweep.socket.gethostname(), os.getpid(), began))
+    assert sweep.return_lost(opened) == []
+    trial.set_user_attr("worker", (sweep.socket.gethostname(), os.getpid(), began - 1000))
+    assert sweep.return_lost(opened) == ["plain/0"]
+
+
+def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path):
+    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
+    sweep.work(opened)
+    assert "key" not in opened.ask().user_attrs  # it found nothing to run, and never says so
+    sweep.work(opened, heartbeat=3600)
+
+
+@pytest.mark.parametrize("kind", ("sqlite:///", "journal:"))
+def test_paths_of_storages_begin_at_the_repository(kind, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    sweep.open_study(sweep.read(write(tmp_path)), f"{kind}here.db")
+    assert (tmp_path / "here.db").exists() and not (tmp_path.parent / "here.db").exists()
+
+
+def test_a_mistake_on_the_command_line_queues_nothing(runs, tmp_path):
+    path = write(tmp_path)
+    with pytest.raises(WorkbookError, match="unknown tracker 'tensorbord'"):
+        sweep.main(str(path), workers=1, trackers=("tensorbord",))
+    assert not sweep.open_study(sweep.read(path), enqueue=False).get_trials()
 
 
 def test_reading_a_study_enqueues_nothing(runs, tmp_path):
@@ -144,7 +175,7 @@ def kill_one_of_two(path, storage, words, **environment):
     while victim is None and time.monotonic() < deadline:
         time.sleep(0.05)
         for trial in opened.get_trials(states=(TrialState.RUNNING,)):
-            pid = int(trial.user_attrs.get("worker", ":0").rpartition(":")[2])
+            pid = trial.user_attrs.get("worker", (None, 0, 0))[1]
             started = (sweep.folder_of(study.name, trial.user_attrs["key"]) / "checkpoint.pt").exists()
             victim = (trial.user_attrs["key"], pid) if started and pid == workers[0].pid else victim
     assert victim, "the first worker never had a run at hand"
@@ -237,6 +268,11 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
         (base(width=0), "width=0 must be above 0"),
         (base(watch="layers.99.conv1.weight"), "unknown parameter 'layers.99.conv1.weight'"),
         (base(val="x"), "val='x' is not legal"),
+        (base(dataset="cifar100", val=10001), "val=10001 is not legal.*multiple of 100"),
+        (base(dataset="cifar100", val=50000), "val=50000 is not legal.*49900"),
+        (dict(name="a/b"), "name must consist of letters.*'a/b'"),
+        (dict(name=".."), "name must consist of letters"),
+        (dict(configurations=dict(a=None, b=dict(activation="relu", val=500))), "'a' and 'b' are duplicates"),
         (base(milestones=0.5), "not iterable"),
         (dict(configurations={}), "configurations must be a dict that is not empty"),
         (dict(configurations=dict(a=None, b=dict(momentum=0.9))), "'a' and 'b' are duplicates"),
@@ -257,8 +293,8 @@ def test_a_configuration_given_twice_is_named(tmp_path):
 
 def test_passwords_stay_out_of_messages(runs, tmp_path):
     with pytest.raises(WorkbookError, match="cannot be reached") as error:
-        sweep.open_study(sweep.read(write(tmp_path)), "postgresql+psycopg://me:secret@127.0.0.1:1/none")
-    assert "secret" not in str(error.value) and "me:***@127.0.0.1" in str(error.value)
+        sweep.open_study(sweep.read(write(tmp_path)), "postgresql+psycopg://me:sec:ret@127.0.0.1:1/none")
+    assert "sec" not in str(error.value) and "ret" not in str(error.value) and "me:***@127.0.0.1" in str(error.value)
 
 
 def test_unreadable_files_and_storages_are_named(runs, tmp_path):
