@@ -98,8 +98,8 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
         held = held_out(arrays["y_train"], val // spec.classes, seed)
     x, y, xt, yt = (torch.from_numpy(arrays[key]) for key in KEYS)
     x, xt, y, yt = x.permute(0, 3, 1, 2), xt.permute(0, 3, 1, 2), y.long(), yt.long()
-    names = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else class_names(spec)
-    return Split(Images(x[~held], y[~held]), Images(x[held], y[held]), Images(xt, yt), spec, names)
+    names = arrays.get("classes", CIFAR10_CLASSES if spec.classes == 10 else [f"class {i}" for i in range(spec.classes)])
+    return Split(Images(x[~held], y[~held]), Images(x[held], y[held]), Images(xt, yt), spec, tuple(map(str, names)))
 
 
 def check_val(val: int | None, spec: Spec) -> int:
@@ -117,10 +117,6 @@ def all_training(split: Split) -> Split:
     return Split(both, split.val, split.test, split.spec, split.class_names)
 
 
-def class_names(spec: Spec) -> tuple:
-    return CIFAR10_CLASSES if spec.classes == 10 else tuple(f"class {i}" for i in range(spec.classes))
-
-
 def held_out(labels: np.ndarray, per_class: int, seed: int) -> Tensor:
     """Boolean mask over the training images: True for `per_class` images of every class, drawn by `seed`."""
     generator, labels = torch.Generator().manual_seed(seed), torch.from_numpy(labels)
@@ -135,9 +131,9 @@ def cached(name: str, folder: Path) -> dict:
     """Arrays of a full data set from `folder/name.npz`, downloading it first where it is missing."""
     path = folder / f"{name}.npz"
     if not path.exists():
-        arrays = download(name, folder)
-        check(arrays, SPECS[name], name)
-        save_npz(path, arrays)
+        buffer = io.BytesIO()
+        np.savez(buffer, **download(name, folder))
+        write_file(path, buffer.getvalue())
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -165,12 +161,6 @@ def check(arrays: dict, spec: Spec, where) -> None:
         )
         images = np.bincount(y, minlength=spec.classes)
         refuse(f"does not hold {count} images of each of {spec.classes} classes in {part}", set(images.tolist()) != {count})
-
-
-def save_npz(path: Path, arrays: dict) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_file(path, buffer.getvalue())
 
 
 def download(name: str, folder: Path) -> dict:

@@ -69,25 +69,21 @@ def summary(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def latency(model: nn.Module, batch_size: int = 1, repeats: int = 50, warmup: int = 5, threads: int | None = None) -> dict:
+def latency(model: nn.Module, batch_size: int = 1, repeats: int = 50, warmup: int = 5) -> dict:
     """Milliseconds of a forward pass of a batch: `median`, `p10`, `p90` over `repeats`, in eval mode.
 
-    Runs on the model's device, channels last, with a fixed number of threads; GPU work is waited for.
+    Runs on the model's device, channels last, with torch's number of threads; GPU work is waited for.
     """
     device = next(model.parameters()).device
     model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, *IMAGE, device=device).contiguous(memory_format=torch.channels_last)
-    before, times = torch.get_num_threads(), []
-    torch.set_num_threads(threads or before)
-    try:
-        for _ in range(warmup + repeats):
-            start = time.perf_counter()
-            model(x)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append((time.perf_counter() - start) * 1000)
-    finally:
-        torch.set_num_threads(before)
+    times = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        model(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) * 1000)
     deciles = statistics.quantiles(times[warmup:], n=10)
     return dict(median=statistics.median(times[warmup:]), p10=deciles[0], p90=deciles[-1])
 

@@ -1,7 +1,6 @@
 """Checks of a notebook's parameters, since papermill passes strings through and only warns about unknown names."""
 
 import ast
-import difflib
 import math
 import os
 from pathlib import Path
@@ -20,10 +19,7 @@ def check(namespace: dict, neutral: tuple = (), **rules) -> None:
     parameter.
     """
     for name in injected(namespace):
-        if name not in rules:
-            near = difflib.get_close_matches(name, rules, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise WorkbookError(f"unknown parameter {name!r}{hint} (parameters: {', '.join(rules)})")
+        choose("parameter", name, rules)
     for name, rule in rules.items():
         rule(name, namespace[name])
     global standard

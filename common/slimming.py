@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import WorkbookError, choose
+from common import WorkbookError, choose, params
 from common.models import build
 
 PENALTIES = ("subgradient", "proximal")
@@ -85,7 +85,7 @@ def make_masks(scores: dict, ratio: float, scope: str = "global", min_channels: 
     "layer"); then the best of each group are put back until it has `min_channels` and a multiple of `round_to`.
     """
     choose("scope", scope, SCOPES)
-    check_ratio(ratio)
+    params.number(0, below=1)("ratio", ratio)
     masks = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
     for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
         flat = torch.cat([scores[name] for name in names])
@@ -97,13 +97,6 @@ def make_masks(scores: dict, ratio: float, scope: str = "global", min_channels: 
         least = min(len(score), -(-least // round_to) * round_to)
         masks[name] = torch.zeros_like(masks[name]).index_fill(0, score.argsort(stable=True)[len(score) - least :], True)
     return masks
-
-
-def check_ratio(ratio) -> float:
-    """Return `ratio` if it is a number with 0 ≤ ratio < 1; otherwise raise WorkbookError."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise WorkbookError(f"ratio={ratio!r} is not legal; give a number with 0 <= ratio < 1, such as 0.5")
-    return ratio
 
 
 def achieved(masks: dict) -> float:
@@ -186,18 +179,8 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     return folded
 
 
-@torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches) -> nn.Module:
     """A copy whose BatchNorm statistics are the averages over `batches` of (x, y), without touching any weight."""
     model = copy.deepcopy(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    model.train()
-    for x, _ in batches:
-        model(x)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
+    torch.optim.swa_utils.update_bn(batches, model)
     return model.eval()

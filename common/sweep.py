@@ -82,10 +82,10 @@ def read(path) -> Study:
         settings = {**content["base"], **(changes or {})}
         seeds = settings.pop("seeds", content["seeds"])
         try:
-            check(settings, seeds)
+            made = repr(check(settings, seeds))
         except (TypeError, ValueError, ArithmeticError, RuntimeError, WorkbookError) as error:
             raise WorkbookError(f"{where}: {' '.join(str(error).split())}") from None
-        twin = seen.setdefault(repr(complete(settings)), name)
+        twin = seen.setdefault(made, name)
         if twin != name or len(set(seeds)) < len(seeds):
             other = f"configurations {twin!r} and {name!r} are" if twin != name else f"seeds of {name!r} hold"
             raise WorkbookError(f"study file {path}: {other} duplicates; remove one")
@@ -93,22 +93,24 @@ def read(path) -> Study:
     return Study(content["name"], runs)
 
 
-def check(settings: dict, seeds: list) -> None:
-    """Raise WorkbookError for an unknown key or an illegal value of a configuration."""
+def check(settings: dict, seeds: list) -> tuple:
+    """What makes a configuration, all defaults filled in; raises WorkbookError for an unknown key or an illegal value."""
     if not isinstance(seeds, list) or not seeds:
         raise WorkbookError(f"seeds must be a list of whole numbers that is not empty; got {seeds!r}")
     name = choose("model", settings.get("model"), models.MODELS)
-    own = set(inspect.signature(models.MODELS[name]).parameters) - {"cfg", "classes"}
+    arguments = inspect.signature(models.MODELS[name]).parameters
     for key in settings:
-        choose("key", key, sorted(CONFIG | {"model", "dataset", "val", "seeds"} | own))
-    choose("dataset", settings.get("dataset"), data.SPECS)
+        choose("key", key, sorted(CONFIG | {"model", "dataset", "val", "seeds"} | set(arguments) - {"cfg", "classes"}))
+    spec = data.SPECS[choose("dataset", settings.get("dataset"), data.SPECS)]
     params.optional(params.whole(1))("val", settings.get("val"))
-    data.check_val(settings.get("val"), data.SPECS[settings["dataset"]])
+    val = data.check_val(settings.get("val"), spec)
     for seed in seeds:
-        config, network = parts({**settings, "seed": seed})
+        parts({**settings, "seed": seed})
+    config, network = parts(settings)
     model = models.build(**network)
     if config.watch:
         choose("parameter", config.watch, dict(model.named_parameters()))
+    return config, {key: argument.default for key, argument in arguments.items()} | network, spec, val
 
 
 def parts(settings: dict) -> tuple:
@@ -118,15 +120,6 @@ def parts(settings: dict) -> tuple:
     config = train.TrainConfig(**{key: settings[key] for key in settings if key in own})
     network = {key: settings[key] for key in settings if key not in own | {"model", "dataset", "val"}}
     return config, dict(name=settings["model"], classes=data.SPECS[settings["dataset"]].classes, **network)
-
-
-def complete(settings: dict) -> tuple:
-    """What makes a configuration: its `parts` and data, with all defaults filled in."""
-    config, network = parts(settings)
-    arguments = inspect.signature(models.MODELS[network["name"]]).bind(**{k: v for k, v in network.items() if k != "name"})
-    arguments.apply_defaults()
-    spec = data.SPECS[settings["dataset"]]
-    return config, settings["model"], arguments.arguments, spec, settings.get("val") or spec.default_val
 
 
 def folder_of(study: str, key: str) -> Path:

@@ -37,10 +37,9 @@ def test_macs_of_one_convolution_by_hand():
     assert measure.macs(alone) == stem
 
 
-def test_latency_is_ordered_and_restores_threads():
-    threads = torch.get_num_threads()
-    row = measure.latency(warmed("resnet17", width=4), batch_size=2, repeats=50, threads=1)
-    assert 0 < row["p10"] <= row["median"] <= row["p90"] and torch.get_num_threads() == threads
+def test_latency_is_ordered():
+    row = measure.latency(warmed("resnet17", width=4), batch_size=2, repeats=50)
+    assert 0 < row["p10"] <= row["median"] <= row["p90"]
 
 
 def test_profile_has_every_column():
