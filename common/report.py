@@ -109,7 +109,8 @@ def report_folder(scale: str) -> Path:
 def provenance(manifest: dict) -> str:
     """One Markdown line: where the numbers of a run come from."""
     machine, data = manifest["machine"], manifest["data"]
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    cpu = " ".join(machine[key] for key in ("cpu", "instructions") if key in machine)
+    device = machine["gpu"] or f"{cpu}, {machine['threads']} threads"
     config = manifest["config"]
     rates = f"lr {config['lr']:g}" + f" ({config['lr_other']:g} besides convolutions)" * (config["optimizer"] == "muon")
     settings = f"{config['optimizer']}, {rates}, batches of {config['batch_size']}, {config['schedule']} schedule"
@@ -124,7 +125,7 @@ def provenance(manifest: dict) -> str:
 
 
 def write_report(name: str, scale: str, title: str, parts: list, figures: dict, runs: list) -> Path:
-    """Write `<name>.md` with its figures and the manifests of its runs beside it; returns its path.
+    """Write `<name>.md` with its figures, and the manifests and histories of its runs beside it; returns its path.
 
     `parts` are Markdown texts in order, where `![](key)` stands for the figure of that key; `runs` are manifests.
     """
@@ -139,12 +140,14 @@ def write_report(name: str, scale: str, title: str, parts: list, figures: dict, 
         body = body.replace(f"![]({key})", f"![{key.replace('_', ' ')}](figures/{path.name})")
     for manifest in runs:
         write_file(folder / "runs" / f"{manifest['name']}.json", json.dumps(manifest, indent=1) + "\n")
+        if (history := runs_folder() / manifest["name"] / "history.csv").exists():
+            write_file(folder / "runs" / f"{manifest['name']}.csv", history.read_text())
     warning = "\n\n> A **quick** run on the embedded sample: it shows that everything works, not what it can reach." * (
         scale == "quick"
     )
     sources = "\n".join(provenance(manifest) for manifest in runs)
     text = f"# {title}\n\nScale: `{scale}`.{warning}\n\n{body}\n\n## Where the numbers come from\n\n{sources}\n\n"
-    text += "Settings, machine and commit of each run stand in [`runs/`](runs/).\n"
+    text += "Settings, machine and commit of each run stand in [`runs/`](runs/), and one line an epoch.\n"
     path = write_file(folder / f"{name}.md", text)
     write_index(folder)
     return path

@@ -198,23 +198,24 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
         refuse_other_settings(saved, identity, folder)
         for row in saved["history"] if on_epoch else ():
             on_epoch(row)
-    state = saved or dict(history=[], best=None, seconds=0.0, finished=False, commit=commit())
+    state = saved or dict(history=[], best=None, seconds=0.0, finished=False)
     history = state["history"]
 
     if not state["finished"]:
         write_file(folder / "config.json", json.dumps(identity, indent=1))  # also shows now that the folder can be written
         keep_freed_memory()
         AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
-        state["precision"], log_with = native_precision(config.precision, model), list(trackers) or None
-        accelerator = Accelerator(mixed_precision=state["precision"], log_with=log_with, project_dir=folder)
+        precision, log_with = native_precision(config.precision, model), list(trackers) or None
+        for key, value in dict(commit=commit(), precision=precision).items():  # it may go on under newer code, or elsewhere
+            known = state[key].split(", ") if key in state else []
+            state[key] = ", ".join(dict.fromkeys([*known, value]))
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
         train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
         loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
         model = model.to(memory_format=torch.channels_last)
         net, optimizer = accelerator.prepare(model, make_optimizer(model, config))
         if saved:
-            known = state["commit"].split(", ")
-            state["commit"] = ", ".join(known + [commit()] * (commit() not in known))  # it may go on under newer code
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             if accelerator.scaler and saved["scaler"]:
@@ -405,8 +406,8 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory in the process: handing it back and faulting it in costs 10-20 % on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; some versions allow 32 MB at most
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _plain(value) -> dict:
@@ -474,16 +475,15 @@ def commit() -> str:
 
 
 def machine(device="cpu") -> dict:
-    """Names of processor and GPU, cores, processes, threads of each, and torch version."""
+    """Names of processor and GPU, cores, vector instructions, processes, threads of each, and torch version."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     named = re.search(r"model name\s*: (.*)", info)
     cpu = named[1] if named else platform.processor() or platform.machine()
     kind = torch.device(device).type
     gpu = torch.cuda.get_device_name(device) if kind == "cuda" else None if kind == "cpu" else kind
     processes = PartialState().num_processes
-    return dict(
-        cpu=cpu, cores=os.cpu_count(), processes=processes, threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__
-    )
+    names = dict(cpu=cpu, instructions=torch.backends.cpu.get_cpu_capability(), gpu=gpu, torch=torch.__version__)
+    return names | dict(cores=os.cpu_count(), processes=processes, threads=torch.get_num_threads())
 
 
 def save(path, content: dict) -> Path:

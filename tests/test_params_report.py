@@ -32,7 +32,7 @@ def test_illegal_values_are_named(wrong):
 
 def test_unknown_names_get_the_nearest():
     cells = ["", "ratio: float = 0.5", "# Parameters\nratoi = 0.7\n"]
-    with pytest.raises(WorkbookError, match="'ratoi'; did you mean 'ratio'"):
+    with pytest.raises(WorkbookError, match=r"unknown parameter 'ratoi' \(did you mean 'ratio'\?\)"):
         params.check(GOOD | dict(In=cells, ratoi=0.7), **RULES)
 
 
@@ -76,10 +76,12 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(params, "standard", True)
     figure = plt.subplots()[0]
+    report.write_file(tmp_path / "run" / "history.csv", "epoch,val_accuracy\n1,0.5\n")
     path = report.write_report("lab", "quick", "Title", ["text ![](plot)"], dict(plot=figure), [manifest])
     assert path.is_relative_to(tmp_path) and "quick" in path.read_text()
     assert (path.parent / "figures" / "lab_plot.png").stat().st_size > 1000
     assert json.loads((path.parent / "runs" / "run.json").read_text()) == manifest
+    assert (path.parent / "runs" / "run.csv").read_text() == "epoch,val_accuracy\n1,0.5\n"
     assert "run" in (path.parent / "README.md").read_text()
     assert report.report_folder("laptop") == report.ROOT / "reports"
 

@@ -60,13 +60,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path
     assert plain(whole.history) == plain(resumed.history)
 
 
-def test_a_run_names_every_commit_it_was_trained_with(small, tmp_path, monkeypatch):
+def test_a_run_names_every_commit_and_precision_it_was_trained_with(small, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=3)
-    for epoch, commit in ((1, "aaa"), (2, "bbb+"), (3, "bbb+")):
+    for epoch, commit, precision in ((1, "aaa", "no"), (2, "bbb+", "bf16"), (3, "bbb+", "no")):
         monkeypatch.setattr(train, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(train, "native_precision", lambda *_, precision=precision: precision)
         with contextlib.suppress(Stop):
             fit(network(), small, config, tmp_path / "run", on_epoch=stop_after(epoch) if epoch < 3 else None)
-    assert fit(network(), small, config, tmp_path / "run").manifest["commit"] == "aaa, bbb+"
+    manifest = fit(network(), small, config, tmp_path / "run").manifest
+    assert manifest["commit"] == "aaa, bbb+" and manifest["precision"] == "no, bf16"
+    assert manifest["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_killed_process_resumes_exactly(small, tmp_path):
