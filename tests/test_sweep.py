@@ -114,11 +114,12 @@ def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(runs, tmp_p
     assert sweep.return_lost(opened) == ["plain/0"]
 
 
-def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path):
+def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path, monkeypatch):
     opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
     sweep.work(opened)
     assert "key" not in opened.ask().user_attrs  # it found nothing to run, and never says so
-    sweep.work(opened, heartbeat=3600)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: pytest.fail("it waits for a run that nobody has"))
+    sweep.work(opened)
 
 
 @pytest.mark.parametrize("kind", ("sqlite:///", "journal:"))
