@@ -57,7 +57,8 @@ class TrainConfig:
     milestones: tuple[float, ...] = (0.5, 0.75)  # with "steps": shares of the run after which lr falls tenfold
     label_smoothing: float = 0.0  # share of the target spread over all classes
     augment: tuple[str, ...] = ("flip", "crop:4")  # see common.data.AUGMENT
-    low_res: float = 0.0  # share of the epochs, from the first on, trained on images shrunk to 24×24 pixels
+    low_res: float = 0.0  # share of the epochs, from the first on, trained on shrunken images
+    low_sizes: tuple[int, ...] = (24,)  # side lengths of those images in pixels, one after the other for equal shares
     accumulate: int = 1  # pieces a batch is cut into, one backward pass each
     clip: float | None = None  # largest gradient norm
     precision: str = "auto"  # "auto", "no", "fp16", "bf16"; auto is what the machine computes natively
@@ -81,6 +82,9 @@ class TrainConfig:
             rule(name, getattr(self, name))
         for share in self.milestones:
             params.number(0, 1)("milestones", share)
+        params.whole(1)("number of low_sizes", len(self.low_sizes))
+        for size in self.low_sizes:
+            params.whole(16, 32)("low_sizes", size)
         parse_augment(self.augment)
         if self.patience and self.select == "last":
             raise WorkbookError("patience waits for a better epoch, select='last' takes the last one; leave one of them out")
@@ -177,6 +181,15 @@ def lr_factor(step: int, total: int, warmup: int = 0, schedule: str = "cosine", 
     if schedule == "steps":
         return 0.1 ** sum(step >= m * total for m in milestones)
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+def image_sizes(epochs: int, low_res: float = 0.0, low_sizes=(24,)) -> list[int]:
+    """Side length, in pixels, of the training images in each epoch: `low_sizes` in equal shares, then 32.
+
+    Large structures are learnt first, and small images cost less (progressive resizing, Howard 2018).
+    """
+    low = low_res * epochs
+    return [low_sizes[int(epoch / low * len(low_sizes))] if epoch < low else 32 for epoch in range(epochs)]
 
 
 def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, trackers=(), every=1) -> Run:
@@ -294,6 +307,7 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
     Each step: backward for every piece of the batch → unscale and clip → L1 term and hook → optimizer → zero.
     """
     epoch, total = loader.epoch, config.epochs * len(loader)
+    size = image_sizes(config.epochs, config.low_res, config.low_sizes)[epoch]
     torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout depends on the epoch alone, so a resumed run repeats it
     sums = torch.zeros(5, device=accelerator.device)  # loss, correct, images, gradient norm, norm of the watched gradient
     named = dict(model.named_parameters())
@@ -307,8 +321,8 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
             group["lr"] = group["peak"] * factor
         pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
         for j, (xs, ys) in enumerate(pieces):
-            if epoch < config.low_res * config.epochs:
-                xs = F.interpolate(xs, size=24, mode="bilinear", antialias=True)
+            if size < 32:
+                xs = F.interpolate(xs, size=size, mode="bilinear", antialias=True)
             with accelerator.no_sync(net) if j + 1 < len(pieces) else contextlib.nullcontext():
                 logits = net(xs).float()
                 loss = F.cross_entropy(logits, ys, label_smoothing=config.label_smoothing, reduction="sum")

@@ -158,17 +158,17 @@ def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
 
 
 def test_low_resolution_for_the_first_share_of_the_epochs(small, tmp_path):
-    for epochs, share, low in ((4, 0.5, 2), (3, 0.5, 2), (2, 0.25, 1)):
+    for epochs, share, low in ((4, 0.5, (24, 24)), (3, 0.5, (24, 24)), (2, 0.25, (24,)), (5, 0.5, (20, 20, 28))):
         sizes, model = [], network()
         seen = functools.partial(
             lambda sizes, module, inputs: sizes.append(inputs[0].shape[2]) if module.training else None, sizes
         )
         model.register_forward_pre_hook(seen)
-        config = dataclasses.replace(CONFIG, epochs=epochs, batch_size=100, low_res=share)
+        config = dataclasses.replace(CONFIG, epochs=epochs, batch_size=100, low_res=share, low_sizes=tuple(sorted(set(low))))
         fit(model, small, config, tmp_path / f"run{epochs}")
-        assert sizes == [24] * low + [32] * (epochs - low)
-        cost = measure.pflops(model, 100, epochs, share)
-        assert cost == pytest.approx(6e-13 * (low * measure.macs(model, 24) + (epochs - low) * measure.macs(model)))
+        assert sizes == [*low, *[32] * (epochs - len(low))]
+        cost = measure.pflops(model, 100, epochs, share, config.low_sizes)
+        assert cost == pytest.approx(6e-13 * sum(measure.macs(model, size) for size in sizes))
 
 
 @pytest.mark.parametrize("capability, expected", ((None, "no"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")))
@@ -394,7 +394,8 @@ def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     ({"optimizer": "sdg"}, {"schedule": "cos"}, {"epochs": 0}, {"lr": math.nan}, {"lr": "0.1"}, {"lam": -1}, {"momentum": 1},
-     {"label_smoothing": 1.0}, {"precision": "fp8"}, {"penalty": "l2"}, {"augment": ("flipp",)}, {"batch_size": 0.5}),
+     {"label_smoothing": 1.0}, {"precision": "fp8"}, {"penalty": "l2"}, {"augment": ("flipp",)}, {"batch_size": 0.5},
+     {"low_sizes": ()}, {"low_sizes": (20, 64)}),
 )  # fmt: skip
 def test_illegal_settings(wrong):
     with pytest.raises(WorkbookError) as caught:
