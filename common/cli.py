@@ -33,6 +33,7 @@ def main(arguments=None) -> None:
     """Parse the command line, train, print the best epoch; a mistake ends in one line and exit status 1."""
     try:
         command = tyro.cli(Command, args=arguments, prog="python -m common.train")
+        params.whole(1)("every", command.every)
         config = train.TrainConfig(**{name: getattr(command, name) for name in train.FIELDS})
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # several CPU processes would not be seen otherwise
         with state.local_main_process_first():  # so that one of them downloads

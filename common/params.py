@@ -79,6 +79,18 @@ def optional(rule):
     return lambda name, value: value is None or rule(name, value)
 
 
+def several(rule):
+    """The same rule for each value of a list that is not empty."""
+
+    def check_each(name, values):
+        if not isinstance(values, (list, tuple)) or not values:
+            raise WorkbookError(f"{name}={values!r} is not legal; give a list, as in [1, 2]")
+        for value in values:
+            rule(name, value)
+
+    return check_each
+
+
 def settings(table: dict, scale: str, **overrides) -> dict:
     """The row of `table` for `scale`, with every override that is not None in its place."""
     return table[scale] | {name: value for name, value in overrides.items() if value is not None}

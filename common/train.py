@@ -78,13 +78,9 @@ class TrainConfig:
         rules |= dict.fromkeys(("momentum", "label_smoothing", "low_res"), params.number(0, below=1))
         rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
         rules |= dict(momentum_other=params.optional(params.number(0, below=1)))
+        rules |= dict(milestones=params.several(params.number(0, 1)), low_sizes=params.several(params.whole(16, 32)))
         for name, rule in rules.items():
             rule(name, getattr(self, name))
-        for share in self.milestones:
-            params.number(0, 1)("milestones", share)
-        params.whole(1)("number of low_sizes", len(self.low_sizes))
-        for size in self.low_sizes:
-            params.whole(16, 32)("low_sizes", size)
         parse_augment(self.augment)
         if self.patience and self.select == "last":
             raise WorkbookError("patience waits for a better epoch, select='last' takes the last one; leave one of them out")

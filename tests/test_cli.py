@@ -52,6 +52,10 @@ def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys):
         ("--optimizer lion", "unknown optimizer 'lion'"),
         ("--epochs 0", "epochs=0 is not legal"),
         ("--model vgg16 --width 3", "'width'"),
+        ("--width 0", "width of resnet18=0 is not legal"),
+        ("--width 0.5", "width of resnet18=0.5 is not legal"),
+        ("--model mobilenet --width 0", "width of mobilenet=0 is not legal"),
+        ("--every 0", "every=0 is not legal"),
     ),
 )
 def test_mistakes_end_in_one_line(runs, words, message):

@@ -395,7 +395,7 @@ def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
     "wrong",
     ({"optimizer": "sdg"}, {"schedule": "cos"}, {"epochs": 0}, {"lr": math.nan}, {"lr": "0.1"}, {"lam": -1}, {"momentum": 1},
      {"label_smoothing": 1.0}, {"precision": "fp8"}, {"penalty": "l2"}, {"augment": ("flipp",)}, {"batch_size": 0.5},
-     {"low_sizes": ()}, {"low_sizes": (20, 64)}),
+     {"low_sizes": ()}, {"low_sizes": (20, 64)}, {"low_sizes": 24}, {"milestones": 0.5}, {"milestones": (0.5, 2)}),
 )  # fmt: skip
 def test_illegal_settings(wrong):
     with pytest.raises(WorkbookError) as caught:

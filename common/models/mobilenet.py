@@ -34,11 +34,8 @@ class MobileNet(Prunable, nn.Module):
 
     def __init__(self, width, activation, activation_at, cfg, classes):
         super().__init__()
-        if not isinstance(activation_at or {}, dict) or isinstance(width, str) or not width > 0:
-            raise WorkbookError(
-                f"width={width!r} must be above 0, and activation_at={activation_at!r} map names to lists of blocks, "
-                "as in {'sigmoid': [4, 5]}"
-            )
+        if not isinstance(activation_at or {}, dict):
+            raise WorkbookError(f"activation_at={activation_at!r} must map names to lists of blocks, as in {{'sigmoid': [4, 5]}}")
         names = [activation] * len(LAYOUT)
         for name, blocks in (activation_at or {}).items():
             for block in blocks:
