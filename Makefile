@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	@echo; sed -n '/^## Results/,/^!/{/^|/p;}' runs/demo/reports/lab2_train_prune_model.md
 	@echo; ls runs/demo/notebooks/*.ipynb runs/demo/reports/*.md
 
-# Each notebook hands its network to the next; a stopped chain goes on where it was.
+# A stopped chain goes on where it was; in Lab 2 each notebook hands its network to the next.
 lab1: $(VENV)/installed
 	@$(call run,Lab1,$(LAB1))
 

@@ -107,7 +107,7 @@ def report_folder(scale: str) -> Path:
 
 
 def provenance(manifest: dict) -> str:
-    """One Markdown line: where the numbers of a run come from."""
+    """One Markdown line: where the numbers of a run come from, and its `note`, which `save_result(folder, note=…)` adds."""
     machine, data = manifest["machine"], manifest["data"]
     cpu = " ".join(machine[key] for key in ("cpu", "instructions") if key in machine)
     device = machine["gpu"] or f"{cpu}, {machine['threads']} threads"
@@ -119,8 +119,8 @@ def provenance(manifest: dict) -> str:
         f"(validation {data['val']:,}), seed {manifest['config']['seed']}, {manifest['seconds'] / 60:.1f} min on "
         f"{device}, torch {machine['torch']}, commit `{manifest['commit']}`; {settings}, "
         f"augmentation {' '.join(config['augment']) or 'none'}"
-        + f", {manifest.get('precision')}"
-        * (manifest.get("precision", "no") != "no")
+        + f", {manifest.get('precision')}" * (manifest.get("precision", "no") != "no")
+        + f". {manifest.get('note')}" * ("note" in manifest)
     )
 
 
@@ -156,8 +156,8 @@ def write_report(name: str, scale: str, title: str, parts: list, figures: dict, 
 def write_index(folder: Path) -> None:
     """Write `folder/README.md`: one row a run with its manifest in `folder/runs/`, after the published figures.
 
-    Those stand in `folder/published.json`: a list of what was published, its figure, our runs and the result of
-    theirs to compare (`test` or `test_tta`), and what differs in method.
+    Those stand in `folder/published.json`: a list of what was published, its figure, our runs to compare, and what
+    differs in method.
     """
     runs = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
     accuracy = lambda run, key="test": run.get(key, {}).get("accuracy")
@@ -169,15 +169,19 @@ def write_index(folder: Path) -> None:
         trained_on = spec and run["data"]["train"] == spec.counts[0] * spec.classes
         row |= {"validation": "–" if trained_on else run["best"]["val_accuracy"]}
         row |= {"test": accuracy(run), "test, TTA": accuracy(run, "test_tta"), "minutes": f"{run['seconds'] / 60:.1f}"}
-        rows.append(row | {"machine": run["machine"]["gpu"] or run["machine"]["cpu"]})
+        machine = run["machine"]
+        rows.append(row | {"machine": machine["gpu"] or " ".join(filter(None, (machine["cpu"], machine.get("instructions"))))})
     compared = []
     for entry in json.loads(published.read_text()) if (published := folder / "published.json").exists() else ():
-        ours = [accuracy(runs[name], entry["result"]) for name in entry["runs"] if name in runs]
-        row = {"published": entry["what"], "accuracy": entry["accuracy"], "ours": mean_std([v for v in ours if v is not None])}
+        row = {"published": entry["what"], "accuracy": entry["accuracy"]}
+        for column, key in (("ours, single view", "test"), ("ours, TTA", "test_tta")):
+            found = [accuracy(runs[name], key) for name in entry["runs"] if name in runs]
+            row[column] = mean_std([v for v in found if v is not None])
         compared.append(row | {"what differs": entry["differs"]})
     reports = "\n".join(f"- [{path.stem}]({path.name})" for path in sorted(folder.glob("*.md")) if path.name != "README.md")
     text = f"# Reports\n\n{reports}\n\n"
     text += f"## Beside published figures\n\nTest accuracies.\n\n{table(compared)}\n\n" if compared else ""
     text += "## All runs\n\nOne run a row (n = 1). Validation is that of the kept epoch (the best, or the last where the recipe "
-    text += "says so), single view; it says nothing (–) where the validation images were trained on.\n\n"
+    text += "says so), single view; it says nothing (–) where the validation images were trained on. A machine without its "
+    text += "instruction set is one of before that was recorded.\n\n"
     write_file(folder / "README.md", text + table(rows) + "\n")

@@ -113,6 +113,27 @@ def test_the_index_hides_validation_only_where_it_was_trained_on(manifest, tmp_p
     assert "| 50.00%" in rows["held"] and "50.00%" not in rows["all"] and "| –" in rows["all"]
 
 
+def test_the_index_puts_single_view_and_tta_beside_published_figures(manifest, tmp_path):
+    for seed, top1 in enumerate((0.5, 0.6)):
+        row = manifest | dict(
+            test=dict(accuracy=top1), test_tta=dict(accuracy=top1 + 0.1), data=dict(manifest["data"], name="cifar10")
+        )
+        report.write_file(tmp_path / "runs" / f"run-{seed}.json", json.dumps(row))
+    entries = [dict(what="theirs", accuracy="90 %", runs=["run-0", "run-1"], differs="all"),
+               dict(what="another's", accuracy="95 %", runs=["none"], differs="all")]  # fmt: skip
+    report.write_file(tmp_path / "published.json", json.dumps(entries))
+    report.write_index(tmp_path)
+    rows = {
+        line.split("|")[1].strip(): line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("|")
+    }
+    assert "| 55.00% ± 7.07% (n = 2) | 65.00% ± 7.07% (n = 2) |" in rows["theirs"]
+    assert rows["another's"].count("not run") == 2
+
+
+def test_a_note_stands_with_its_run(manifest):
+    assert report.provenance(manifest | dict(note="Shared machine.")) == report.provenance(manifest) + ". Shared machine."
+
+
 def test_results_join_the_manifest(tmp_path, manifest):
     (tmp_path / "run.json").write_text(json.dumps(manifest))
     assert report.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
