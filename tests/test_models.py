@@ -6,7 +6,7 @@ import torch
 from common import WorkbookError
 from common.data import normalise
 from common.measure import macs, params
-from common.models import MODELS, build, fresh
+from common.models import MODELS, build, fresh, pytorch_init
 from common.models.mobilenet import ACTIVATIONS
 
 PARAMETERS = dict(resnet50=23_513_162, resnet18=11_173_962, resnet56=591_322, vgg16=14_724_042, vgg19=20_035_018)
@@ -68,6 +68,16 @@ def test_same_seed_same_weights(sample):
     assert all(torch.equal(one[k], two[k]) for k in one) and not torch.equal(one["head.weight"], other["head.weight"])
 
 
+def test_pytorch_init_draws_convolutions_anew_and_keeps_the_whitening(sample):
+    x = normalise(sample.train.x[:100], sample.spec)
+    before, after = fresh("fastnet", 0, x, width=8), pytorch_init(fresh("fastnet", 0, x, width=8))
+    assert torch.equal(before.whiten.weight, after.whiten.weight) and torch.equal(before.head.weight, after.head.weight)
+    for a, b in zip(before.stages, after.stages):
+        bound = b.conv1.weight[0].numel() ** -0.5  # uniform up to it: of variance 1 / (3 fan-in)
+        assert not torch.equal(a.conv1.weight, b.conv1.weight) and b.conv1.weight.abs().max() <= bound
+        assert b.conv1.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 def test_fastnet_takes_smaller_images_and_starts_with_dirac_filters():
     model = build("fastnet", width=8, depth=3).eval()
     assert model(torch.zeros(2, 3, 24, 24)).shape == (2, 10)
@@ -82,7 +92,7 @@ def test_only_the_slimmable_fastnet_trains_gammas():
 
 
 def test_small_networks_stay_under_5_million_parameters():
-    assert params(build("seresnet44")) < 5_000_000
+    assert params(build("seresnet44")) < 5_000_000 and params(build("fastnet", width=79, depth=3, se=16)) < 5_000_000
     assert params(build("mobilenet", classes=100)) == pytest.approx(3.3e6, rel=0.01)
 
 
