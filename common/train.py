@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -77,7 +78,8 @@ class TrainConfig:
         rules |= dict.fromkeys(("lr", "lr_other", "lr_gamma", "lr_bias", "weight_decay", "warmup", "lam"), params.number(0))
         rules |= dict.fromkeys(("momentum", "label_smoothing", "low_res"), params.number(0, below=1))
         rules |= dict(seed=params.whole(0), patience=params.optional(params.whole(1)), clip=params.optional(params.number(1e-9)))
-        rules |= dict(momentum_other=params.optional(params.number(0, below=1)))
+        rules |= dict(momentum_other=params.optional(params.number(0, below=1)), decay_bias=params.switch)
+        rules |= dict(watch=params.optional(params.text), init=params.text)
         rules |= dict(milestones=params.several(params.number(0, 1)), low_sizes=params.several(params.whole(16, 32)))
         for name, rule in rules.items():
             rule(name, getattr(self, name))
@@ -194,7 +196,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
     `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each validation (for
     epochs that are already done, at once). A checkpoint is written after every `every` epochs; a stopped run goes
     on from it with the same results, bit for bit on a CPU. Raises WorkbookError if the folder holds a run with other
-    settings, or if the loss diverges.
+    settings, if the training diverges, or if several processes cannot share the work.
     """
     folder, identity = Path(folder), dict(config=_plain(config), spec=_plain(model.spec), data=describe(split))
     if config.lam and not all(gamma.requires_grad for gamma in slimming.gammas(model)):
@@ -220,6 +222,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             state[key] = ", ".join(dict.fromkeys([*known, value]))
         accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+        refuse_uneven_processes(folder, len(history), len(split.train), config.batch_size, share["world"])
         train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
         loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
         model = model.to(memory_format=torch.channels_last)
@@ -233,6 +236,9 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
             settings = {k: str(v) for k, v in identity["config"].items()}
             accelerator.init_trackers(folder.name, settings, {"wandb": {"dir": str(folder)}})
+        log = lambda row: accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+        for row in history if trackers else ():  # a resumed run is a new one to its tracker
+            log(row)
 
     while not state["finished"]:
         started, loader.epoch = time.perf_counter(), len(history)
@@ -258,7 +264,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
                 flush=True,
             )
         if trackers:
-            accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+            log(row)
         if on_epoch:
             on_epoch(row)
         if state["finished"]:
@@ -268,7 +274,21 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             model = accelerator.unwrap_model(net, keep_fp32_wrapper=False).cpu()
 
     model.load_state_dict(state["best"]["state_dict"])
-    return Run(model.eval(), history, json.loads((folder / "run.json").read_text()), folder)
+    try:
+        manifest = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        raise WorkbookError(f"{folder} has lost its run.json; restore that file, or delete the folder and train again") from None
+    return Run(model.eval(), history, manifest, folder)
+
+
+def refuse_uneven_processes(folder: Path, epochs: int, images: int, batch_size: int, world: int) -> None:
+    if (last := images % batch_size or batch_size) < world:
+        raise WorkbookError(
+            f"batch_size={batch_size} leaves {last} of {images} images for the last batch, too few for {world} processes; "
+            "choose another batch_size"
+        )
+    if len(set(gather_object([epochs]))) > 1:
+        raise WorkbookError(f"not all processes find the same checkpoint in {folder}; let their machines share that folder")
 
 
 def check_trackers(trackers) -> None:
@@ -292,6 +312,8 @@ def fit_in_memory(make_model, split: Split, config: TrainConfig, folder, **hooks
             if config.accumulate >= config.batch_size or not should_reduce_batch_size(error):
                 raise
         clear_device_cache(garbage_collection=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the next try's memory is to be measured, not this one's
         config = dataclasses.replace(config, accumulate=2 * config.accumulate)
         folder = first.with_name(f"{first.name}-accumulate{config.accumulate}")
         print(f"memory ran out: trying again with each batch in {config.accumulate} pieces", flush=True)
@@ -304,7 +326,8 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
     """
     epoch, total = loader.epoch, config.epochs * len(loader)
     size = image_sizes(config.epochs, config.low_res, config.low_sizes)[epoch]
-    torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout depends on the epoch alone, so a resumed run repeats it
+    # Dropout depends on epoch and process alone, so that a resumed run repeats it.
+    torch.manual_seed((config.seed * 1_000_003 + epoch) * accelerator.num_processes + accelerator.process_index)
     sums = torch.zeros(5, device=accelerator.device)  # loss, correct, images, gradient norm, norm of the watched gradient
     named = dict(model.named_parameters())
     watched = named[choose("parameter", config.watch, named)] if config.watch else None
@@ -341,8 +364,9 @@ def train_epoch(model, net, optimizer, loader, config, accelerator, on_grad=None
         optimizer.zero_grad()
     norms = dict(zip(("grad_norm", "watched_norm"), (sums[3:] / len(loader)).tolist()))
     loss, correct, images, *_ = accelerator.reduce(sums).tolist()
-    if not math.isfinite(loss):
-        raise WorkbookError(f"the loss became {loss} in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0")
+    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):  # the last step has no loss yet
+        problem = "weights" if math.isfinite(loss) else "loss"
+        raise WorkbookError(f"the {problem} became infinite in epoch {epoch + 1}; lower lr={config.lr} or set clip=1.0")
     lr = optimizer.param_groups[0]["lr"]
     row = dict(lr=lr, images=round(images), train_loss=loss / images, train_accuracy=correct / images, **norms)
     return row if config.watch else {k: v for k, v in row.items() if k != "watched_norm"}

@@ -391,6 +391,35 @@ def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
     assert len(train.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
 
 
+def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_reported(small, tmp_path):
+    seen = []
+
+    def poison(model):
+        seen.append(1)
+        if len(seen) == -(-len(small.train) // CONFIG.batch_size):  # the loss of this step is long computed
+            model.fc.weight.grad.fill_(math.nan)
+
+    with pytest.raises(WorkbookError, match="weights became infinite in epoch 1; lower lr"):
+        fit(network(), small, CONFIG, tmp_path / "run", on_grad=poison)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_processes_that_cannot_share_the_work_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(WorkbookError, match="leaves 1 of 101 images for the last batch, too few for 4 processes"):
+        train.refuse_uneven_processes(tmp_path, 0, 101, 10, 4)
+    train.refuse_uneven_processes(tmp_path, 3, 101, 10, 1)
+    monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, 0])
+    with pytest.raises(WorkbookError, match="same checkpoint"):
+        train.refuse_uneven_processes(tmp_path, 3, 100, 10, 2)
+
+
+def test_a_finished_run_without_its_manifest_is_named(small, tmp_path):
+    fit(network(), small, CONFIG, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(WorkbookError, match="run has lost its run.json; restore"):
+        fit(network(), small, CONFIG, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "wrong",
     ({"optimizer": "sdg"}, {"schedule": "cos"}, {"epochs": 0}, {"lr": math.nan}, {"lr": "0.1"}, {"lam": -1}, {"momentum": 1},
