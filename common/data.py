@@ -85,11 +85,14 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
 
     `folder` defaults to $CIFAR_DIR or `data/` in the repository. The sample comes already split (500
     validation images, taken from the validation part that seed 0 gives on all of CIFAR-10).
-    Raises WorkbookError for an unknown name, unusable files, or a `val` the classes do not divide.
+    Raises WorkbookError for an unknown name, unusable files, or a `val` the classes do not divide or the sample has not.
     """
     spec = SPECS[choose("dataset", name, SPECS)]
     if name == "cifar10-sample":
-        arrays, val, n = read_sample(), 500, 2500
+        arrays, n = read_sample(), 2500
+        if val not in (None, spec.default_val):
+            raise WorkbookError(f"val={val!r} is not legal; {name} comes split, with val={spec.default_val}")
+        val = spec.default_val
         held = torch.arange(n) >= n - val
     else:
         folder = Path(folder or os.environ.get("CIFAR_DIR") or ROOT / "data")
@@ -222,10 +225,13 @@ def read_image(path) -> Tensor:
     """Any picture file as one uint8 image (1, 3, 32, 32): turned upright, on white, the middle square, made smaller."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
-        # Some modes (16-bit grey, palettes with transparency) have no direct way to RGB.
-        picture = picture.point(lambda v: v / 256).convert("L") if picture.mode.startswith("I;16") else picture
+        if picture.mode.startswith(("I", "F")):  # greys of more than 8 bits, which pillow would clip at 255
+            grey = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+            scales = (1, 255, 2**16 - 1) if picture.mode == "F" else (2**16 - 1,)
+            white = next((value for value in scales if grey.max() <= value), grey.max())
+            picture = Image.fromarray((grey / white * 255).clip(0, 255).astype(np.uint8))
         picture = picture.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
         reason = type(error).__name__
         raise WorkbookError(f"{path} cannot be read as a picture ({reason}); give a PNG, JPEG or WebP file") from None
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -306,6 +312,7 @@ def colour(x: Tensor, generator: torch.Generator, percent: int = 20) -> Tensor:
 # "altflip": half of the images, drawn by the seed, are mirrored in even epochs and the others in odd ones, so that two
 # epochs show both sides of every image (airbench, Jordan 2024). It needs to know the epoch: the Loader does it.
 AUGMENT = {"flip": flip, "altflip": None, "crop": crop, "cutout": cutout, "affine": affine, "colour": colour}
+LARGEST = {"flip": 100, "crop": 31, "cutout": 32, "affine": 180, "colour": 100}  # percent, pixels, pixels, degrees, percent
 
 
 def parse_augment(names) -> list:
@@ -314,8 +321,12 @@ def parse_augment(names) -> list:
     for item in names:
         name, _, number = str(item).partition(":")
         choose("augmentation", name, AUGMENT)
-        if number and not number.isdigit():
-            raise WorkbookError(f"augmentation {item!r}: the part after ':' must be a whole number, as in 'crop:4'")
+        if number and name not in LARGEST:
+            raise WorkbookError(f"augmentation {item!r} takes no number; write {name!r}")
+        if number and not (number.isdigit() and int(number) <= LARGEST[name]):
+            raise WorkbookError(
+                f"augmentation {item!r}: after ':' comes a whole number from 0 to {LARGEST[name]}, as in 'crop:4'"
+            )
         steps.append((AUGMENT[name], (int(number),) if number else ()))
     return steps
 
