@@ -8,22 +8,22 @@ from pathlib import Path
 from common import ROOT, WorkbookError, choose
 
 SCALES = ("quick", "laptop", "full")
-standard = True  # whether the running notebook has the settings of its scale, with nothing changed by papermill
+standard = False  # whether papermill runs the notebook with the settings of a scale as they stand
 
 
 def check(namespace: dict, neutral: tuple = (), **rules) -> None:
     """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=optional(whole(1)))`.
 
-    Every parameter has a rule from below. Sets `standard`, for which the `neutral` ones do not count. Raises
-    WorkbookError for an illegal value, and for a name that papermill injected although the notebook has no such
-    parameter.
+    Every parameter has a rule from below. Sets `standard`, for which the `neutral` ones do not count; without papermill
+    it is False, since a cell edited by hand does not tell what was changed. Raises WorkbookError for an illegal value,
+    and for a name that papermill injected although the notebook has no such parameter.
     """
     for name in injected(namespace):
         choose("parameter", name, rules)
     for name, rule in rules.items():
         rule(name, namespace[name])
     global standard
-    standard = set(injected(namespace)) <= {"scale", *neutral}
+    standard = "scale" in injected(namespace) and set(injected(namespace)) <= {"scale", *neutral}
 
 
 def injected(namespace: dict) -> list:

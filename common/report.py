@@ -102,7 +102,7 @@ def load_manifest(checkpoint) -> dict:
 
 
 def report_folder(scale: str) -> Path:
-    """`reports/` for the settings of a real scale as they stand; quick runs and changed settings go to `runs/reports/`."""
+    """`reports/` for the settings of a real scale as they stand, given by papermill; all else goes to `runs/reports/`."""
     return ROOT / "reports" if scale != "quick" and params.standard else runs_folder() / "reports"
 
 

@@ -89,12 +89,13 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
 def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     rules = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1))
-    for cell, folder in (("scale = 'laptop'", report.ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path)):
+    for cell, folder in (("scale = 'laptop'", report.ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path), ("", tmp_path)):
         params.check(dict(scale="laptop", ratio=0.5, In=["", f"# Parameters\n{cell}"]), **rules)
         assert report.report_folder("laptop") == folder / "reports"
-        params.check(dict(scale="laptop", ratio=0.5), **rules)
-    params.check(dict(scale="laptop", ratio=0.7, In=["# Parameters\nratio = 0.7"]), ("ratio",), **rules)
+    params.check(dict(scale="laptop", ratio=0.7, In=["# Parameters\nscale = 'laptop'\nratio = 0.7"]), ("ratio",), **rules)
     assert params.standard
+    params.check(dict(scale="laptop", ratio=0.7, In=["scale: str = 'laptop'\nratio: float = 0.7"]), **rules)
+    assert not params.standard, "a cell edited by hand does not tell what was changed"
 
 
 def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch):
