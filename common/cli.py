@@ -1,7 +1,7 @@
 """`python -m common.train`: a training from the command line; every field of `TrainConfig` is an option."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 from accelerate import PartialState
@@ -21,7 +21,8 @@ class Command(train.TrainConfig):
     init: tyro.conf.Suppress[str] = "random"  # what notebooks record here, the command line has no use for
     model: str = "resnet18"  # network: see common.models.MODELS
     dataset: str = "cifar10"  # "cifar10", "cifar100" or "cifar10-sample"
-    width: float | None = None  # width of the network, where it has one; its own default otherwise
+    width: int | float | None = None  # width of the network, where it has one; its own default otherwise
+    network: dict[str, int | float | bool] = field(default_factory=dict)  # its other arguments: depth 3 se 16 dropout 0.1
     val: int | None = None  # images held out for validation; the data set's default otherwise
     run: str | None = None  # name of the run's folder; <model>-<dataset> otherwise
     every: int = 1  # epochs between checkpoints
@@ -38,7 +39,7 @@ def main(arguments=None) -> None:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # several CPU processes would not be seen otherwise
         with state.local_main_process_first():  # so that one of them downloads
             split = data.load(command.dataset, command.val)
-        sized = {} if command.width is None else {"width": int(command.width) if command.width % 1 == 0 else command.width}
+        sized = command.network | ({} if command.width is None else {"width": command.width})
         x = data.normalise(split.train.x[:5000], split.spec)
         model = models.fresh(command.model, config.seed, x, classes=split.spec.classes, **sized)
         folder = params.runs_folder() / (command.run or f"{command.model}-{command.dataset}")

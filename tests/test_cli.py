@@ -34,11 +34,15 @@ def test_unknown_options_and_values_are_refused_by_name(runs, capsys):
         assert stop.value.code not in (0, None) and named in capsys.readouterr().err and not list(runs.iterdir())
 
 
-def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys):
+def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys, monkeypatch):
+    tests, evaluate = [], cli.report.evaluate
+    monkeypatch.setattr(cli.report, "evaluate", lambda *rest, **named: tests.append(1) or evaluate(*rest, **named))
     for _ in range(2):
         cli.main([*SMALL.split(), "--run", "one", "--test"])
-    first, second = capsys.readouterr().out.split("one: best epoch")[1:]
-    assert first.split("epoch")[0].splitlines()[:2] == second.splitlines()[:2], "the second call loads what the first trained"
+    out = capsys.readouterr().out
+    assert out.count("epoch   1/2") == 1 and len(tests) == 1, "the second call loads what the first trained and tested"
+    first, second = out.split("one: best epoch")[1:]
+    assert first.splitlines()[:2] == second.splitlines()[:2]
     manifest = json.loads((runs / "one" / "run.json").read_text())
     assert manifest["config"]["augment"] == ["flip", "crop:2"] and manifest["spec"]["width"] == 8
     assert 0 <= manifest["test"]["accuracy"] <= manifest["test"]["top5"] <= 1
@@ -56,6 +60,8 @@ def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys):
         ("--width 0.5", "width of resnet18=0.5 is not legal"),
         ("--model mobilenet --width 0", "width of mobilenet=0 is not legal"),
         ("--every 0", "every=0 is not legal"),
+        ("--val 100", "val=100 is not legal"),
+        ("--model fastnet --network depht 3", "'depht'"),
     ),
 )
 def test_mistakes_end_in_one_line(runs, words, message):
