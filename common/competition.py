@@ -48,6 +48,13 @@ def read_images(path) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(found)).permute(0, 3, 1, 2)
 
 
+def check_writable(path) -> None:
+    """Raise WorkbookError now, before a long training, if `write_submission` could not write `path`."""
+    if Path(path).is_dir():
+        raise WorkbookError(f"submission {path} is a folder; give the name of a file, such as submission.csv")
+    write_file(f"{path}.probe", "").unlink()
+
+
 def write_submission(path, labels) -> Path:
     """Write `ID,Labels` lines, IDs counted from 0 in the order of the images; returns the path."""
     lines = ["ID,Labels", *(f"{number},{int(label)}" for number, label in enumerate(labels))]

@@ -46,12 +46,13 @@ def macs(model: nn.Module, size: int = 32) -> int:
     return counter.get_total_flops() // 2
 
 
-def pflops(model: nn.Module, images: int, epochs: int, low_res: float = 0.0, low_sizes=(24,)) -> float:
+def pflops(model: nn.Module, images: int, epochs: int, low_res: float = 0.0, low_sizes=(24,), done=None) -> float:
     """10^15 floating-point operations of a training: 6 × MACs an image (forward 2, backward 4), fewer of small ones.
 
-    The optimizer's own are not counted: for Muon about 0.5 % more in batches of 2,000, 2 % in batches of 500.
+    `done`: epochs that were trained, if fewer than planned. The optimizer's own operations are not counted: for Muon about
+    0.5 % more in batches of 2,000, 2 % in batches of 500.
     """
-    sizes = collections.Counter(image_sizes(epochs, low_res, low_sizes))
+    sizes = collections.Counter(image_sizes(epochs, low_res, low_sizes)[:done])
     return 6e-15 * images * sum(n * macs(model, size) for size, n in sizes.items())
 
 

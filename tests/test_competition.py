@@ -54,6 +54,16 @@ def test_predictions_of_one_image_make_one_line(tmp_path, sample):
     assert lines == ["ID,Labels", f"0,{int(logits.argmax())}"]
 
 
+def test_a_place_that_cannot_be_written_is_named_beforehand(tmp_path):
+    competition.check_writable(tmp_path / "new" / "submission.csv")
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(WorkbookError, match="is a folder"):
+        competition.check_writable(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkbookError, match="cannot write"):
+        competition.check_writable(tmp_path / "file" / "submission.csv")
+
+
 class Hostile:
     def __init__(self, function, *arguments):
         self.call = function, arguments

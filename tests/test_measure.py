@@ -52,7 +52,7 @@ def test_profile_has_every_column():
 
 def test_peak_memory_grows_with_what_is_used():
     before = measure.peak_memory()
-    block = torch.ones(200_000_000)
+    block = torch.ones(200_000_000, device="cuda" if torch.cuda.is_available() else "cpu")
     assert measure.peak_memory() >= max(before, 0.8) and block.sum() > 0
 
 
@@ -62,3 +62,4 @@ def test_pflops_count_low_resolution_epochs_cheaper():
     assert whole == pytest.approx(6e-15 * 4000 * measure.macs(model))
     assert measure.pflops(model, 1000, 4, 0.5) == pytest.approx(6e-15 * 2000 * (measure.macs(model) + measure.macs(model, 24)))
     assert measure.macs(model, 24) < 0.6 * measure.macs(model)
+    assert measure.pflops(model, 1000, 4, 0.5, done=3) == pytest.approx(measure.pflops(model, 1000, 4, 0.5) - whole / 4)
