@@ -211,9 +211,9 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             on_epoch(row)
     state = saved or dict(history=[], best=None, seconds=0.0, finished=False)
     history = state["history"]
+    refuse_uneven_processes(folder, len(history), len(split.train), config.batch_size, PartialState().num_processes)
 
     if not state["finished"]:
-        write_file(folder / "config.json", json.dumps(identity, indent=1))  # also shows now that the folder can be written
         keep_freed_memory()
         AcceleratorState._reset_state()  # otherwise a second run in one process could not choose another precision
         precision, log_with = native_precision(config.precision, model), list(trackers) or None
@@ -221,8 +221,12 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             known = state[key].split(", ") if key in state else []
             state[key] = ", ".join(dict.fromkeys([*known, value]))
         accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=folder)
+        if accelerator.is_main_process:
+            write_file(folder / "config.json", json.dumps(identity, indent=1))  # also shows now that the folder can be written
+        accelerator.wait_for_everyone()
+        if not (folder / "config.json").exists():
+            raise WorkbookError(f"{folder} is not that of the main process; let the machines share it")
         share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
-        refuse_uneven_processes(folder, len(history), len(split.train), config.batch_size, share["world"])
         train, val = split.train.to(accelerator.device), split.val.to(accelerator.device)
         loader = Loader(train, split.spec, config.batch_size, config.augment, seed=config.seed, **share)
         model = model.to(memory_format=torch.channels_last)
@@ -237,8 +241,9 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             settings = {k: str(v) for k, v in identity["config"].items()}
             accelerator.init_trackers(folder.name, settings, {"wandb": {"dir": str(folder)}})
         log = lambda row: accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
-        for row in history if trackers else ():  # a resumed run is a new one to its tracker
-            log(row)
+        for tracker in accelerator.trackers:
+            for row in history if tracker.name != "tensorboard" else ():  # to the others, a resumed run is a new one
+                tracker.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
 
     while not state["finished"]:
         started, loader.epoch = time.perf_counter(), len(history)
