@@ -1,5 +1,6 @@
 """`python -m common.train`: a training from the command line; every field of `TrainConfig` is an option."""
 
+import inspect
 import sys
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from common import WorkbookError, data, models, params, report, train
+from common import WorkbookError, choose, data, models, params, report, train
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ def main(arguments=None) -> None:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # several CPU processes would not be seen otherwise
         with state.local_main_process_first():  # so that one of them downloads
             split = data.load(command.dataset, command.val)
+        known = set(inspect.signature(models.MODELS[choose("model", command.model, models.MODELS)]).parameters)
+        for name in command.network:
+            choose(f"argument of {command.model}", name, sorted(known - {"cfg", "classes", "width"}))
         sized = command.network | ({} if command.width is None else {"width": command.width})
         x = data.normalise(split.train.x[:5000], split.spec)
         model = models.fresh(command.model, config.seed, x, classes=split.spec.classes, **sized)

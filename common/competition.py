@@ -1,6 +1,7 @@
 """A competition's files: read a pickled set of unlabelled images without running its code, write a submission."""
 
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def read_images(path) -> Tensor:
 
 def check_writable(path) -> None:
     """Raise WorkbookError now, before a long training, if `write_submission` could not write `path`."""
-    if Path(path).is_dir():
+    path, text = Path(path), str(path)
+    if path.is_dir() or text.endswith(("/", "\\")):
         raise WorkbookError(f"submission {path} is a folder; give the name of a file, such as submission.csv")
-    write_file(f"{path}.probe", "").unlink()
+    write_file(path.with_name(f"{path.name}.{os.getpid()}.probe"), "").unlink()
 
 
 def write_submission(path, labels) -> Path:

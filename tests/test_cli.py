@@ -61,7 +61,10 @@ def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys, monkeypat
         ("--model mobilenet --width 0", "width of mobilenet=0 is not legal"),
         ("--every 0", "every=0 is not legal"),
         ("--val 100", "val=100 is not legal"),
-        ("--model fastnet --network depht 3", "'depht'"),
+        ("--model fastnet --network depht 3", "did you mean 'depth'?"),
+        ("--model fastnet --network classes 100", "unknown argument of fastnet 'classes'"),
+        ("--model fastnet --network depth 4", "depth=4 is not legal"),
+        ("--model fastnet --network dropout 2", "cannot be built: dropout probability"),
     ),
 )
 def test_mistakes_end_in_one_line(runs, words, message):

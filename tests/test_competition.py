@@ -59,6 +59,8 @@ def test_a_place_that_cannot_be_written_is_named_beforehand(tmp_path):
     assert not list((tmp_path / "new").iterdir())
     with pytest.raises(WorkbookError, match="is a folder"):
         competition.check_writable(tmp_path / "new")
+    with pytest.raises(WorkbookError, match="is a folder"):
+        competition.check_writable(f"{tmp_path}/other/")
     (tmp_path / "file").touch()
     with pytest.raises(WorkbookError, match="cannot write"):
         competition.check_writable(tmp_path / "file" / "submission.csv")

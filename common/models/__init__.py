@@ -27,7 +27,7 @@ def build(name: str, **arguments) -> nn.Module:
         rule(f"width of {name}", arguments["width"])
     try:
         model = MODELS[name](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise WorkbookError(f"model {name!r} cannot be built: {str(error).split(') ')[-1]}") from None
     model.spec = {"name": name, **arguments, "cfg": model.cfg}
     return model

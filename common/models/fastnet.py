@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
+from common import WorkbookError
 from common.models.groups import Group, Prunable, SqueezeExcite, Whiten, widths
 
 
@@ -72,6 +73,8 @@ class FastNet(Prunable, nn.Module):
 
 def fastnet(cfg=None, classes=10, width=64, depth=2, gammas=False, se=0, dropout=0.0):
     """airbench94's shape at the defaults: 118 M MACs at 32 px; stages of `width`, 4·`width`, 4·`width`."""
+    if depth not in (2, 3):
+        raise WorkbookError(f"depth={depth!r} is not legal; give 2 or 3 convolutions a stage")
     return FastNet((width, 4 * width, 4 * width), depth, gammas, se, dropout, cfg, classes)
 
 
