@@ -240,10 +240,10 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
             os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
             settings = {k: str(v) for k, v in identity["config"].items()}
             accelerator.init_trackers(folder.name, settings, {"wandb": {"dir": str(folder)}})
-        log = lambda row: accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+        measured = lambda row: {k: v for k, v in row.items() if k != "epoch"}
         for tracker in accelerator.trackers:
             for row in history if tracker.name != "tensorboard" else ():  # to the others, a resumed run is a new one
-                tracker.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+                tracker.log(measured(row), step=row["epoch"])
 
     while not state["finished"]:
         started, loader.epoch = time.perf_counter(), len(history)
@@ -269,7 +269,7 @@ def fit(model: nn.Module, split: Split, config: TrainConfig, folder, on_grad=Non
                 flush=True,
             )
         if trackers:
-            log(row)
+            accelerator.log(measured(row), step=row["epoch"])
         if on_epoch:
             on_epoch(row)
         if state["finished"]:
