@@ -1,36 +1,40 @@
-"""Checks of a notebook's parameters, since papermill passes strings through and only warns about unknown names."""
+"""Is a value legal? Rules for settings, names, files, and parameters of notebooks."""
 
 import ast
 import math
-import os
+import re
 from pathlib import Path
 
-from common import ROOT, WorkbookError, choose
+import yaml
+
+from common import WorkbookError, choose
 
 SCALES = ("quick", "laptop", "full")
 standard = False  # whether papermill runs the notebook with the settings of a scale as they stand
 
 
 def check(namespace: dict, neutral: tuple = (), **rules) -> None:
-    """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=optional(whole(1)))`.
+    """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=whole(1))`.
 
-    Every parameter has a rule from below. Sets `standard`, for which the `neutral` ones do not count; without papermill
-    it is False, since a cell edited by hand does not tell what was changed. Raises WorkbookError for an illegal value,
-    and for a name that papermill injected although the notebook has no such parameter.
+    Sets `standard`, for which the `neutral` ones do not count; without papermill it is False, since
+    a cell edited by hand does not tell what was changed. Raises WorkbookError for an illegal value,
+    and for a name that papermill injected and the notebook does not have.
     """
-    for name in injected(namespace):
+    given = injected(namespace)
+    for name in given:
         choose("parameter", name, rules)
     for name, rule in rules.items():
         rule(name, namespace[name])
     global standard
-    standard = "scale" in injected(namespace) and set(injected(namespace)) <= {"scale", *neutral}
+    standard = "scale" in given and set(given) <= {"scale", *neutral}
 
 
 def injected(namespace: dict) -> list:
-    """Names assigned by papermill, which puts them into a cell of their own that starts with "# Parameters"."""
+    """Names assigned by papermill, in a cell of its own that starts with "# Parameters"."""
     cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters")]
-    statements = (node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign))
-    return [target.id for node in statements for target in node.targets if isinstance(target, ast.Name)]
+    statements = [node for cell in cells for node in ast.parse(cell).body]
+    assignments = [node for node in statements if isinstance(node, ast.Assign)]
+    return [target.id for node in assignments for target in node.targets]
 
 
 def one_of(legal):
@@ -39,11 +43,13 @@ def one_of(legal):
 
 def number(low=-math.inf, high=math.inf, below=math.inf, kind=(int, float), what="a number"):
     """A rule for low ≤ value ≤ high, value < below; booleans, strings and nan are rejected."""
+    limits = {">=": low, "<=": high, "<": below}
+    legal = " and ".join(f"{sign} {v}" for sign, v in limits.items() if math.isfinite(v))
 
     def rule(name, value):
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or not value < below:
-            limits = [f"{text} {limit}" for text, limit in ((">=", low), ("<=", high), ("<", below)) if math.isfinite(limit)]
-            raise WorkbookError(f"{name}={value!r} is not legal; give {what} {' and '.join(limits)}".rstrip())
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or not low <= value <= high or not value < below:
+            raise WorkbookError(f"{name}={value!r} is not legal; give {what} {legal}".rstrip())
 
     return rule
 
@@ -62,12 +68,19 @@ def switch(name, value):
         raise WorkbookError(f"{name}={value!r} is not legal; give True or False")
 
 
+def name(name, value):
+    """A rule for what becomes a part of a file's or folder's name."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
+        raise WorkbookError(f"{name}={value!r} is not legal; give letters, digits, '.', '-', '_'")
+
+
 def mapping(legal):
     """A rule for a mapping with keys from `legal`; papermill takes one with -y or -f."""
 
     def rule(name, value):
         if not isinstance(value, dict):
-            raise WorkbookError(f'{name}={value!r} is not legal; give a mapping, with papermill as -y "{name}: {{key: value}}"')
+            way = f'with papermill as -y "{name}: {{key: value}}"'
+            raise WorkbookError(f"{name}={value!r} is not legal; give a mapping, {way}")
         for key in value:
             choose(f"key of {name}", key, legal)
 
@@ -75,7 +88,7 @@ def mapping(legal):
 
 
 def optional(rule):
-    """The same rule, with None allowed: "as the scale's table says"."""
+    """The same rule, with None allowed."""
     return lambda name, value: value is None or rule(name, value)
 
 
@@ -91,11 +104,26 @@ def several(rule):
     return check_each
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is a mistake; YAML itself would keep the second."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} is a duplicate; rename or remove one")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """What a YAML file holds; raises WorkbookError where it cannot be read."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise WorkbookError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def settings(table: dict, scale: str, **overrides) -> dict:
     """The row of `table` for `scale`, with every override that is not None in its place."""
-    return table[scale] | {name: value for name, value in overrides.items() if value is not None}
-
-
-def runs_folder() -> Path:
-    """Where runs are kept: $RUNS_DIR, relative to the repository, or `runs/` there."""
-    return ROOT / os.environ.get("RUNS_DIR", "runs")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return table[scale] | given

@@ -1,4 +1,4 @@
-"""Network slimming (Liu et al., ICCV 2017): sparsify gammas, score channels, mask them, cut them out, repair."""
+"""Which channels go, and how? Network slimming (Liu et al., ICCV 2017): scores, masks, surgery."""
 
 import copy
 
@@ -20,73 +20,83 @@ def gammas(model: nn.Module, kind: str = "inner") -> list:
     return [norm.weight for norm in norms if norm.affine]
 
 
+def trained_gammas(model: nn.Module) -> list:
+    """The gammas that an L1 penalty acts on; WorkbookError where the network keeps them fixed."""
+    found = gammas(model)
+    if not all(gamma.requires_grad for gamma in found):
+        raise WorkbookError("its gammas are fixed; build the network with gammas=True, or lam=0")
+    return found
+
+
 @torch.no_grad()
 def add_subgradient(gammas: list, lam: float) -> None:
-    """Add the subgradient of lam·|gamma| to each gradient: once a step, before the optimizer, on unscaled gradients."""
+    """Add the subgradient of lam·|gamma| to each gradient: once a step, on unscaled gradients."""
     for gamma in gammas:
         gamma.grad.add_(gamma.sign(), alpha=lam)
 
 
 @torch.no_grad()
 def shrink(gammas: list, amount: float) -> None:
-    """Soft-threshold each gamma by `amount` (step size × lam) after a step: the proximal form, which reaches exact zeros."""
+    """Soft-threshold each gamma by `amount` (step size × lam) after a step: the proximal form."""
     for gamma in gammas:
         gamma.copy_(F.softshrink(gamma, amount))
 
 
-def scores(model: nn.Module, criterion: str = "gamma", kind: str = "inner", batches=(), seed: int = 0) -> dict:
+def scores(model: nn.Module, criterion="gamma", kind="inner", batches=(), seed: int = 0) -> dict:
     """One score (C,) per prune group, by name; low means unimportant.
 
-    "gamma": mean |gamma| over the group's BatchNorms (Liu et al. 2017); "gamma/mean": that, divided by the
-    layer's mean; "l1": mean L1 norm of the filters (Li et al. 2017); "taylor": (gamma·dL/dgamma +
-    beta·dL/dbeta)² summed over `batches` of (x, y) (Molchanov et al. 2019); "random".
+    "gamma": mean |gamma| over the group's BatchNorms (Liu et al. 2017); "gamma/mean": that, divided
+    by the layer's mean; "l1": mean L1 norm of the filters (Li et al. 2017); "taylor": (gamma·dL/
+    dgamma + beta·dL/dbeta)² summed over `batches` of (x, y) (Molchanov et al. 2019); "random".
     """
     choose("criterion", criterion, CRITERIA)
-    if criterion == "taylor":
-        importance = _taylor(model, batches)
+    importance = _taylor(model, batches) if criterion == "taylor" else {}
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for group in model.groups(kind):
         convs = [model.get_submodule(name) for name in group.out]
-        norms = [(name, model.get_submodule(name)) for name in group.norm]
-        norms = [(name, norm) for name, norm in norms if norm.affine]
+        norms = {name: model.get_submodule(name) for name in group.norm}
+        norms = {name: norm for name, norm in norms.items() if norm.affine}
         if criterion == "random":
             rows = [torch.rand(convs[0].out_channels, generator=generator)]
         elif criterion == "l1":
             rows = [conv.weight.detach().abs().sum((1, 2, 3)) for conv in convs]
         elif criterion == "taylor":
-            rows = [importance[name] for name, _ in norms]
+            rows = [importance[name] for name in norms]
         else:
-            rows = [norm.weight.detach().abs() for _, norm in norms]
-        score = torch.stack(rows).mean(0)
+            rows = [norm.weight.detach().abs() for norm in norms.values()]
+        score = torch.stack(rows).mean(0).cpu()
         result[group.name] = score / score.mean() if criterion == "gamma/mean" else score
     return result
 
 
 def _taylor(model, batches) -> dict:
-    """Squared first-order change of the loss when a channel's gamma and beta become 0, by BatchNorm name."""
+    """Squared first-order change of the loss when gamma and beta become 0, by BatchNorm."""
+    if not batches:
+        raise WorkbookError("criterion 'taylor' needs images; give batches=[(x, y), …]")
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    norms = {name: norm for name, norm in norms.items() if norm.affine}
     total = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
     for x, y in batches:
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         for name, norm in norms.items():
-            total[name] += (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach().cpu().square()
-    if not batches:
-        raise WorkbookError("criterion 'taylor' needs batches of images; give batches=[(x, y), …]")
+            change = norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
+            total[name] += change.detach().cpu().square()
     return total
 
 
-def make_masks(scores: dict, ratio: float, scope: str = "global", min_channels: int = 1, round_to: int = 1) -> dict:
+def make_masks(scores: dict, ratio: float, scope="global", min_channels=1, round_to=1) -> dict:
     """Which channels to keep: one bool mask (C,) per group, True = kept.
 
-    Exactly round(ratio·total) channels of lowest score are removed (over all groups, or in each with scope
-    "layer"); then the best of each group are put back until it has `min_channels` and a multiple of `round_to`.
+    Exactly round(ratio·total) channels of lowest score are removed (over all groups, or in each
+    with scope "layer"); then the best of each group are put back until it has `min_channels` and a
+    multiple of `round_to`.
     """
     choose("scope", scope, SCOPES)
     params.number(0, below=1)("ratio", ratio)
-    masks = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
+    masks = {}
     for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
         flat = torch.cat([scores[name] for name in names])
         keep = torch.ones(len(flat), dtype=torch.bool)
@@ -95,13 +105,15 @@ def make_masks(scores: dict, ratio: float, scope: str = "global", min_channels: 
     for name, score in scores.items():
         least = max(int(masks[name].sum()), min_channels)
         least = min(len(score), -(-least // round_to) * round_to)
-        masks[name] = torch.zeros_like(masks[name]).index_fill(0, score.argsort(stable=True)[len(score) - least :], True)
+        best = score.argsort(stable=True)[len(score) - least :]
+        masks[name] = torch.zeros_like(masks[name]).index_fill(0, best, True)
     return masks
 
 
 def achieved(masks: dict) -> float:
     """Share of the prunable channels that the masks remove."""
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(len(mask) for mask in masks.values())
+    every = torch.cat(list(masks.values()))
+    return 1 - int(every.sum()) / len(every)
 
 
 def _removed(model: nn.Module, masks: dict):
@@ -120,27 +132,28 @@ def apply_masks(model: nn.Module, masks: dict, keep_beta: bool = False) -> nn.Mo
     """
     model = copy.deepcopy(model)
     for group, mask in _removed(model, masks):
-        for conv, norm in ((model.get_submodule(c), model.get_submodule(n)) for c, n in zip(group.out, group.norm)):
+        for out, name in zip(group.out, group.norm):
+            norm = model.get_submodule(name)
             if norm.affine:
                 norm.weight[~mask] = 0
                 norm.bias[~mask] *= keep_beta
             else:
-                conv.weight[~mask] = 0
+                model.get_submodule(out).weight[~mask] = 0
                 norm.running_mean[~mask] = 0
     return model
 
 
 def slim(model: nn.Module, masks: dict) -> nn.Module:
-    """A new, compact model without the removed channels, its weights copied by layer name; eval mode."""
+    """A new, compact model without the removed channels, weights copied by name; eval mode."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     cfg = dict(zip((group.name for group in model.groups("coupled")), model.cfg))
     for group, mask in _removed(model, masks):
         keep = mask.nonzero()[:, 0]
         cfg[group.name] = len(keep)
         for layer in group.out + group.norm + group.gates:
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                if f"{layer}.{name}" in state:
-                    state[f"{layer}.{name}"] = state[f"{layer}.{name}"][keep]
+            for kind in ("weight", "bias", "running_mean", "running_var"):
+                if (name := f"{layer}.{kind}") in state:
+                    state[name] = state[name][keep]
         for layer in group.into:
             state[f"{layer}.weight"] = state[f"{layer}.weight"][:, keep]
     compact = build(**{**model.spec, "cfg": list(cfg.values())})
@@ -150,37 +163,42 @@ def slim(model: nn.Module, masks: dict) -> nn.Module:
 
 @torch.no_grad()
 def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
-    """A copy in which the next layer makes up for the constants that removed channels would have sent it.
+    """A copy in which the next layer makes up for the constants of removed channels.
 
-    With its gamma at 0 a channel still sends act(beta) (Ye et al., ICLR 2018). The constant is read off the
-    next layer's input for images x (N, 3, H, W), which for inner groups does not depend on x, and moved into
-    that layer's BatchNorm mean or bias (it is lost where there is neither); exact but for zero-padded borders.
-    Apply `slim` to the result.
+    With its gamma at 0 a channel still sends act(beta) (Ye et al., ICLR 2018). The constant is read
+    off the next layer's input for images x (N, 3, H, W), which for inner groups does not depend on
+    x, and moved into that layer's BatchNorm mean or bias (it is lost where there is neither); exact
+    but for zero-padded borders. Apply `slim` to the result.
     """
     masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
-    norm_of = {conv: norm for group in model.groups("coupled") for conv, norm in zip(group.out, group.norm)}
     constants = {}
+
+    def recorder(layer, mask):
+        def record(module, inputs):
+            mean = inputs[0].transpose(0, 1).flatten(1).mean(1)
+            constants[layer] = mean * ~mask.to(mean.device)
+
+        return record
+
+    norm_of = {}
+    for group in model.groups("coupled"):
+        norm_of |= zip(group.out, group.norm)
     for group, mask in _removed(model, masks):
         for layer in group.into:
-
-            def record(module, inputs, layer=layer, mask=mask):
-                mean = inputs[0].transpose(0, 1).flatten(1).mean(1)
-                constants[layer] = mean * ~mask.to(mean.device)
-
-            masked.get_submodule(layer).register_forward_pre_hook(record)
+            masked.get_submodule(layer).register_forward_pre_hook(recorder(layer, mask))
     masked(x)
     for layer, constant in constants.items():
         reader = folded.get_submodule(layer)
-        constant = reader.weight.flatten(2).sum(2) @ constant if reader.weight.ndim == 4 else reader.weight @ constant
+        weight = reader.weight.flatten(2).sum(2) if reader.weight.ndim == 4 else reader.weight
         if layer in norm_of:
-            folded.get_submodule(norm_of[layer]).running_mean -= constant
+            folded.get_submodule(norm_of[layer]).running_mean -= weight @ constant
         elif reader.bias is not None:
-            reader.bias += constant
+            reader.bias += weight @ constant
     return folded
 
 
 def recalibrate_bn(model: nn.Module, batches) -> nn.Module:
-    """A copy whose BatchNorm statistics are the averages over `batches` of (x, y), without touching any weight."""
+    """A copy whose BatchNorm statistics are averages over `batches` of (x, y); weights stay."""
     model = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(batches, model)
     return model.eval()

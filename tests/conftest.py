@@ -5,7 +5,6 @@ import tempfile
 
 import pytest
 import torch
-
 from common.data import Images, Split, load
 from common.models import MODELS, build
 

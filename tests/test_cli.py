@@ -1,12 +1,12 @@
 """The command line, alone and on two processes."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-
-from common import ROOT, cli, params
+from common import ROOT, cli
 
 SMALL = "--model resnet17 --width 8 --dataset cifar10-sample --epochs 2 --batch-size 100 --lr 0.02 --augment flip crop:2"
 
@@ -63,6 +63,7 @@ def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys, monkeypat
         ("--val 100", "val=100 is not legal"),
         ("--model fastnet --network depht 3", "did you mean 'depth'?"),
         ("--model fastnet --network classes 100", "unknown argument of fastnet 'classes'"),
+        ("--model fastnet --network lr 0.3", "unknown argument of fastnet 'lr'"),
         ("--model fastnet --network depth 4", "depth=4 is not legal"),
         ("--model fastnet --network dropout 2", "cannot be built: dropout probability"),
     ),
@@ -76,11 +77,11 @@ def test_mistakes_end_in_one_line(runs, words, message):
 def test_two_processes_learn_what_one_learns(runs):
     """Two CPU processes (gloo), each with half of every batch; BatchNorm sees smaller batches, so only about the same."""
     # Another free port than the default, which a second test run on this machine may be using.
-    launch = f"-m torch.distributed.run --nproc_per_node 2 --master_port {params.os.getpid() % 20000 + 20000} -m common.train"
+    launch = f"-m torch.distributed.run --nproc_per_node 2 --master_port {os.getpid() % 20000 + 20000} -m common.train"
     paths = {}
     for words, name in ((launch, "two"), ("-m common.train", "one")):
         command = [sys.executable, *words.split(), *SMALL.replace("0.02", "0.05").split(), "--epochs", "5"]
-        environment = {**params.os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RUNS_DIR": str(runs / name)}
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "RUNS_DIR": str(runs / name)}
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]
         assert result.stdout.count("epoch   5/5") == 1, "only the main process prints"

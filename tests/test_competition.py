@@ -6,8 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-
-from common import WorkbookError, competition, train
+from common import WorkbookError, competition, evaluate
 from common.data import Images
 from common.models import build
 
@@ -49,7 +48,7 @@ def test_submission_of_100_000_images(tmp_path, sample):
 
 def test_predictions_of_one_image_make_one_line(tmp_path, sample):
     x = competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(1)}))
-    logits = train.predict(build("fastnet", width=4), Images(x, torch.zeros(len(x), dtype=torch.long)), sample.spec, tta=2)
+    logits = evaluate.predict(build("fastnet", width=4), Images(x, torch.zeros(len(x), dtype=torch.long)), sample.spec, tta=2)
     lines = competition.write_submission(tmp_path / "submission.csv", logits.argmax(1)).read_text().splitlines()
     assert lines == ["ID,Labels", f"0,{int(logits.argmax())}"]
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-
 from common import measure
 from common.models import build
+
 from tests.conftest import warmed
 
 

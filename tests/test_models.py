@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
 from common import WorkbookError
-from common.data import normalise
+from common.augment import normalise
 from common.measure import macs, params
 from common.models import MODELS, build, fresh, pytorch_init
 from common.models.mobilenet import ACTIVATIONS

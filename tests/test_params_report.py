@@ -6,9 +6,8 @@ import types
 
 import matplotlib.pyplot as plt
 import pytest
-
-from common import WorkbookError, params, report
-from common.train import TrainConfig
+from common import WorkbookError, params, report, runs
+from common.config import TrainConfig
 
 RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
 GOOD = dict(scale="quick", ratio=0.5, epochs=None)
@@ -137,10 +136,10 @@ def test_a_note_stands_with_its_run(manifest):
 
 def test_results_join_the_manifest(tmp_path, manifest):
     (tmp_path / "run.json").write_text(json.dumps(manifest))
-    assert report.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
-    assert report.load_manifest(tmp_path) == manifest | dict(test=dict(accuracy=0.9))
+    assert runs.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
+    assert runs.load_manifest(tmp_path) == manifest | dict(test=dict(accuracy=0.9))
     with pytest.raises(WorkbookError, match="no manifest"):
-        report.load_manifest(tmp_path / "sub" / "model.pt")
+        runs.load_manifest(tmp_path / "sub" / "model.pt")
 
 
 def test_verdict_holds_the_difference_against_the_spread():

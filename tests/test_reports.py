@@ -3,7 +3,6 @@
 import re
 
 import pytest
-
 from common import ROOT
 
 REPORTS = sorted((ROOT / "reports").glob("*.md")) + [ROOT / "README.md"]

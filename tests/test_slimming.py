@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning
-
 from common import WorkbookError, slimming
-from common.data import Loader, normalise
+from common.augment import normalise
+from common.data import Loader
+
 from tests.conftest import warmed
 
 KINDS = ("inner", "coupled")

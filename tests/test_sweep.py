@@ -12,9 +12,8 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from common import ROOT, WorkbookError, config, sweep
 from optuna.trial import TrialState
-
-from common import ROOT, WorkbookError, sweep
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STUDY = dict(
@@ -42,7 +41,7 @@ def base(**changes):
 
 
 def start(path, *words, **environment):
-    command = [sys.executable, "-m", "common.sweep", str(path), "--heartbeat", "2", *words]
+    command = [sys.executable, "-m", "common.sweep", str(path), "--heartbeat", "1", *words]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
 
 
@@ -55,7 +54,7 @@ def plain(history):
 
 
 def test_every_run_once_and_never_again(runs, tmp_path):
-    study = sweep.read(write(tmp_path))
+    study = config.read_study(write(tmp_path))
     assert sorted(study.runs) == ["decay/0", "decay/1", "plain/0", "plain/1"]
     opened = sweep.open_study(study)
     assert all(run["state"] == "not run" for run in sweep.results(opened, study).values())
@@ -69,13 +68,13 @@ def test_every_run_once_and_never_again(runs, tmp_path):
 
 
 def test_a_file_that_grew_adds_its_new_runs(runs, tmp_path):
-    sweep.work(sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0]))))
-    opened = sweep.open_study(sweep.read(write(tmp_path, seeds=[0])))
+    sweep.work(sweep.open_study(config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0]))))
+    opened = sweep.open_study(config.read_study(write(tmp_path, seeds=[0])))
     assert states(opened) == [TrialState.COMPLETE, TrialState.WAITING]
 
 
 def test_runs_that_two_machines_enqueued_at_once_run_once(runs, tmp_path):
-    study = sweep.read(write(tmp_path, seeds=[0]))
+    study = config.read_study(write(tmp_path, seeds=[0]))
     opened = sweep.open_study(study)
     for key, settings in study.runs.items():
         opened.enqueue_trial({}, user_attrs={"key": key, "settings": settings})
@@ -86,36 +85,36 @@ def test_runs_that_two_machines_enqueued_at_once_run_once(runs, tmp_path):
 
 def test_a_pruned_duplicate_does_not_hide_a_lost_run(runs, tmp_path):
     """Two machines enqueue the same run; one steps aside, the other dies: the run must come back."""
-    study = sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0]))
+    study = config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0]))
     opened = sweep.open_study(study)
     attributes = {"key": "plain/0", "settings": study.runs["plain/0"]}
     opened.enqueue_trial({}, user_attrs=attributes)
     first, second = opened.ask(), opened.ask()
-    first.set_user_attr("worker", (sweep.socket.gethostname(), 2**22 + 1, 0.0))  # no process has this number
     opened.tell(second, state=TrialState.PRUNED)
-    assert sweep.return_lost(opened, failed=False) == ["plain/0"] and sweep.return_lost(opened) == []
+    lost = sweep.requeue(opened, failed=False, dead=lambda trial: trial.number == first.number)
+    assert lost == ["plain/0"] and sweep.requeue(opened) == []
     sweep.work(opened)
     assert sweep.results(opened, study)["plain/0"]["state"] == "complete"
 
 
-def test_runs_of_other_machines_are_returned_only_on_demand(runs, tmp_path):
-    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
-    trial = opened.ask()
-    trial.set_user_attr("worker", ("elsewhere", 1, 0.0))
-    assert sweep.return_lost(opened) == [] and sweep.return_lost(opened, everywhere=True) == ["plain/0"]
+def test_what_runs_is_queued_again_only_on_demand(runs, tmp_path):
+    opened = sweep.open_study(config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
+    opened.ask()
+    assert sweep.requeue(opened) == []
+    assert sweep.requeue(opened, dead=lambda trial: True) == ["plain/0"]
 
 
-def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(runs, tmp_path):
-    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
-    trial, began = opened.ask(), sweep.psutil.Process().create_time()
-    trial.set_user_attr("worker", (sweep.socket.gethostname(), os.getpid(), began))
-    assert sweep.return_lost(opened) == []
-    trial.set_user_attr("worker", (sweep.socket.gethostname(), os.getpid(), began - 1000))
-    assert sweep.return_lost(opened) == ["plain/0"]
+def test_a_worker_that_died_before_its_first_heartbeat_is_found(runs, tmp_path, monkeypatch):
+    study = config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0]))
+    opened = sweep.open_study(study)
+    opened.ask()  # and nothing more: no heartbeat, no name
+    monkeypatch.setattr(sweep, "MISSED", 0.1)
+    sweep.work(opened, heartbeat=1)
+    assert sweep.results(opened, study)["plain/0"]["state"] == "complete"
 
 
 def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path, monkeypatch):
-    opened = sweep.open_study(sweep.read(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
+    opened = sweep.open_study(config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0])))
     sweep.work(opened)
     assert "key" not in opened.ask().user_attrs  # it found nothing to run, and never says so
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: pytest.fail("it waits for a run that nobody has"))
@@ -126,39 +125,39 @@ def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path, m
 def test_paths_of_storages_begin_at_the_repository(kind, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    sweep.open_study(sweep.read(write(tmp_path)), f"{kind}here.db")
+    sweep.open_study(config.read_study(write(tmp_path)), f"{kind}here.db")
     assert (tmp_path / "here.db").exists() and not (tmp_path.parent / "here.db").exists()
 
 
 def test_a_mistake_on_the_command_line_queues_nothing(runs, tmp_path):
     path = write(tmp_path)
     with pytest.raises(WorkbookError, match="unknown tracker 'tensorbord'"):
-        sweep.main(str(path), workers=1, trackers=("tensorbord",))
-    assert not sweep.open_study(sweep.read(path), enqueue=False).get_trials()
+        sweep.run(sweep.Command(str(path), workers=1, trackers=("tensorbord",)))
+    assert not sweep.open_study(config.read_study(path), enqueue=False).get_trials()
 
 
 def test_reading_a_study_enqueues_nothing(runs, tmp_path):
-    study = sweep.read(write(tmp_path))
+    study = config.read_study(write(tmp_path))
     opened = sweep.open_study(study, enqueue=False)
     assert not opened.get_trials() and {run["state"] for run in sweep.results(opened, study).values()} == {"not run"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "Assignment_MobileNet").glob("*.yaml")))
 def test_committed_studies_are_legal(name):
-    runs = sweep.read(ROOT / "Assignment_MobileNet" / name).runs
+    runs = config.read_study(ROOT / "Assignment_MobileNet" / name).runs
     assert {key.split("/")[0] for key in runs} >= {"lr-0.2", "constant", "cosine", "wd-5e-4", "sigmoid"}
 
 
 def test_no_trial_is_taken_twice(runs):
     """Four processes empty one queue on SQLite, which by itself would let two of them take the same trial."""
     script = (
-        "from common import sweep\n"
-        "opened = sweep.open_study(sweep.Study('race', {f'c/{i}': {'seed': i} for i in range(40)}))\n"
+        "from common import config, sweep\n"
+        "opened = sweep.open_study(config.Study('race', {f'c/{i}': {'seed': i} for i in range(40)}))\n"
         "while 'key' in (trial := opened.ask()).user_attrs:\n"
         "    opened.tell(trial, 1.0)\n"
         "    print(trial.user_attrs['key'])\n"
     )
-    opened = sweep.open_study(sweep.Study("race", {f"c/{i}": {"seed": i} for i in range(40)}))
+    opened = sweep.open_study(config.Study("race", {f"c/{i}": {"seed": i} for i in range(40)}))
     command = dict(cwd=ROOT, env={**os.environ, "RUNS_DIR": str(runs)}, stdout=subprocess.PIPE, text=True)
     workers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], **command) for _ in range(4)]
     taken = [key for worker in workers for key in worker.communicate()[0].split()]
@@ -168,8 +167,8 @@ def test_no_trial_is_taken_twice(runs):
 
 def kill_one_of_two(path, storage, words, **environment):
     """Two workers; one dies by kill -9 with a run at hand and its first checkpoint written; then a third joins."""
-    study = sweep.read(path)
-    opened = sweep.open_study(study, storage, 2)
+    study = config.read_study(path)
+    opened = sweep.open_study(study, storage, 1)
     workers = [start(path, "--workers", "1", "--threads", "1", *words, **environment) for _ in range(2)]
     deadline = time.monotonic() + 120
     victim = None
@@ -230,15 +229,15 @@ def test_journal_has_no_heartbeat_and_requeue_returns_what_is_left(runs, tmp_pat
     opened = sweep.open_study(study, storage)
     assert sweep.results(opened, study)[victim]["state"] == "running", "nobody noticed"
     words = ("--workers", "1", "--threads", "1", "--storage", storage)
-    finish([start(path, *words, "--requeue", RUNS_DIR=str(runs))], study, victim)
+    finish([start(path, *words, "--requeue-all", RUNS_DIR=str(runs))], study, victim)
     opened = sweep.open_study(study, storage)
-    assert sweep.return_lost(opened) == []
+    assert sweep.requeue(opened) == []
     compare_with_undisturbed(study, opened, tmp_path, monkeypatch)
 
 
 def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
     configurations = dict(broken=dict(lr=1e30, optimizer="sgd"), plain=None)
-    study = sweep.read(write(tmp_path, configurations=configurations, seeds=[0]))
+    study = config.read_study(write(tmp_path, configurations=configurations, seeds=[0]))
     opened = sweep.open_study(study)
     sweep.work(opened)
     found = sweep.results(opened, study)
@@ -246,7 +245,7 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
     assert "WorkbookError: the loss became" in found["broken/0"]["error"]
     again = sweep.open_study(study)
     assert states(again) == states(opened), "a run that failed by itself is not repeated unasked"
-    assert sweep.return_lost(again) == ["broken/0"]
+    assert sweep.requeue(again) == ["broken/0"]
 
 
 @pytest.mark.parametrize(
@@ -258,17 +257,17 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
         (base(activation_at={"sigmoid": [13]}), "block 13 is out of range"),
         (base(lr=-1), "lr=-1 is not legal"),
         (base(model="mobilnet"), "unknown model 'mobilnet'"),
-        (dict(configurations=dict(a=None, b=dict(lr=0.05))), "'a' and 'b' are duplicates"),
-        (dict(seeds=[1, 1]), "seeds of 'decay' hold duplicates"),
-        (dict(sedes=[1]), "exactly the keys.*sedes"),
-        (dict(seeds=3), "seeds must be a list"),
-        (dict(seeds=["a"]), "seed='a' is not legal"),
-        (dict(seeds=[-1]), "seed=-1 is not legal"),
-        (dict(configurations=dict(a=dict(seeds=3))), "seeds must be a list"),
-        (dict(configurations=dict(a=dict(seeds=[]))), "seeds must be a list.*not empty"),
+        (dict(configurations=dict(a=None, b=dict(lr=0.05))), "configuration 'b': 'a' is the same"),
+        (dict(seeds=[1, 1]), "a seed is given twice"),
+        (dict(sedes=[1]), "look at 'sedes'; it must hold exactly name"),
+        (dict(seeds=3), "look at 'seeds'.*seeds .list."),
+        (dict(seeds=["a"]), "seeds='a' is not legal; give a whole number"),
+        (dict(seeds=[-1]), "seeds=-1 is not legal"),
+        (dict(configurations=dict(a=dict(seeds=3))), "seeds=3 is not legal; give a list"),
+        (dict(configurations=dict(a=dict(seeds=[]))), r"seeds=\[\] is not legal; give a list"),
         (dict(configurations=dict(a=dict(seed=3))), "unknown key 'seed'.*did you mean 'seeds'"),
-        (dict(configurations=dict(a=[1])), "'a': give a name of .* and under it settings"),
-        (dict(configurations={"a/b": None}), "'a/b': give a name of letters"),
+        (dict(configurations=dict(a=[1])), "configuration 'a'"),
+        (dict(configurations={"a/b": None}), "configuration='a/b' is not legal; give letters"),
         (base(activation_at=[4]), r"activation_at=\[4\]"),
         (base(width=float("nan")), "width of mobilenet=nan is not legal"),
         (base(width=0), "width of mobilenet=0 is not legal"),
@@ -276,17 +275,17 @@ def test_a_failed_run_keeps_its_error_and_stops_no_other(runs, tmp_path):
         (base(val="x"), "val='x' is not legal"),
         (base(dataset="cifar100", val=10001), "val=10001 is not legal.*multiple of 100"),
         (base(dataset="cifar100", val=50000), "val=50000 is not legal.*49900"),
-        (dict(name="a/b"), "name must consist of letters.*'a/b'"),
-        (dict(name=".."), "name must consist of letters"),
-        (dict(configurations=dict(a=None, b=dict(activation="relu", val=500))), "'a' and 'b' are duplicates"),
+        (dict(name="a/b"), "name='a/b' is not legal; give letters"),
+        (dict(name=".."), "name='..' is not legal"),
+        (dict(configurations=dict(a=None, b=dict(activation="relu", val=500))), "configuration 'b': 'a' is the same"),
         (base(milestones=0.5), "milestones=0.5 is not legal; give a list"),
-        (dict(configurations={}), "configurations must be a dict that is not empty"),
-        (dict(configurations=dict(a=None, b=dict(momentum=0.9))), "'a' and 'b' are duplicates"),
+        (dict(configurations={}), "look at 'configurations'"),
+        (dict(configurations=dict(a=None, b=dict(momentum=0.9))), "configuration 'b': 'a' is the same"),
     ),
 )
 def test_mistakes_in_the_file_are_named(tmp_path, changes, message):
     with pytest.raises(WorkbookError, match=message) as error:
-        sweep.read(write(tmp_path, **changes))
+        config.read_study(write(tmp_path, **changes))
     assert str(error.value).count("\n") == 0
 
 
@@ -294,12 +293,12 @@ def test_a_configuration_given_twice_is_named(tmp_path):
     text = write(tmp_path).read_text()
     (tmp_path / "study.yaml").write_text(text.replace("  plain: null", "  plain: null\n  plain:\n    lr: 0.1"))
     with pytest.raises(WorkbookError, match="'plain' is a duplicate"):
-        sweep.read(tmp_path / "study.yaml")
+        config.read_study(tmp_path / "study.yaml")
 
 
 def test_passwords_stay_out_of_messages(runs, tmp_path):
     with pytest.raises(WorkbookError, match="cannot be reached") as error:
-        sweep.open_study(sweep.read(write(tmp_path)), "postgresql+psycopg://me:sec:ret@127.0.0.1:1/none")
+        sweep.open_study(config.read_study(write(tmp_path)), "postgresql+psycopg://me:sec:ret@127.0.0.1:1/none")
     assert "sec" not in str(error.value) and "ret" not in str(error.value) and "me:***@127.0.0.1" in str(error.value)
 
 
@@ -307,22 +306,26 @@ def test_unreadable_files_and_storages_are_named(runs, tmp_path):
     (tmp_path / "bad.yaml").write_text("name: [")
     for name in ("bad.yaml", "missing.yaml"):
         with pytest.raises(WorkbookError, match=f"{name} cannot be read"):
-            sweep.read(tmp_path / name)
-    study = sweep.read(write(tmp_path))
+            config.read_study(tmp_path / name)
+    study = config.read_study(write(tmp_path))
     for url in ("sqlite:////proc/none/x.db", "postgresql://nobody@127.0.0.1:1/none", "nonsense"):
         with pytest.raises(WorkbookError, match="cannot be reached") as error:
             sweep.open_study(study, url)
         assert str(error.value).count("\n") == 0
 
 
-def test_another_study_in_the_same_storage_is_refused(runs, tmp_path):
-    opened = sweep.open_study(sweep.read(write(tmp_path)))
-    before = [(t.number, t.state, t.user_attrs) for t in opened.get_trials()]
-    with pytest.raises(WorkbookError, match="run 'decay/0' has lr=0.05, not 0.2"):
-        sweep.open_study(sweep.read(write(tmp_path, **base(lr=0.2))))
-    with pytest.raises(WorkbookError, match="holds another study 'small', with none of these runs"):
-        sweep.open_study(sweep.read(write(tmp_path, configurations=dict(other=dict(lr=0.3)))))
-    assert [(t.number, t.state, t.user_attrs) for t in opened.get_trials()] == before
+def test_the_file_decides_about_settings_and_no_run_is_mixed(runs, tmp_path):
+    configurations = dict(plain=None)
+    first = config.read_study(write(tmp_path, configurations=configurations, seeds=[0]))
+    sweep.work(sweep.open_study(first))
+    other = config.read_study(write(tmp_path, configurations=configurations, seeds=[0], **base(lr=0.2)))
+    opened = sweep.open_study(other)
+    assert states(opened) == [TrialState.COMPLETE, TrialState.WAITING]
+    assert sweep.results(opened, other)["plain/0"]["state"] == "not run"
+    sweep.work(opened)
+    failed = sweep.results(opened, other)["plain/0"]
+    assert failed["state"] == "fail" and "holds a run with lr=0.05" in failed["error"]
+    assert sweep.results(opened, first)["plain/0"]["state"] == "complete"
 
 
 @pytest.fixture
@@ -364,7 +367,7 @@ def test_command_runs_a_study_with_two_workers(runs, tmp_path):
     assert len(list(runs.rglob("events.out.tfevents*"))) >= 2
     for words in (("--workers", "-1"), ("--heartbeat", "0"), ("--threads", "0")):
         with pytest.raises(WorkbookError, match=f"{words[0][2:]}={words[1]} is not legal"):
-            sweep.main(str(path), **{words[0][2:]: int(words[1])})
+            sweep.run(sweep.Command(str(path), **{words[0][2:]: int(words[1])}))
     bad = subprocess.run(
         [sys.executable, "-m", "common.sweep", str(write(tmp_path, **base(lrr=1)))], cwd=ROOT, capture_output=True, text=True
     )

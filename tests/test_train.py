@@ -13,10 +13,12 @@ import time
 
 import pytest
 import torch
-
-from common import ROOT, WorkbookError, measure, slimming, train
+from common import ROOT, WorkbookError, evaluate, measure, optim, runs, slimming, train
+from common.config import OPTIMIZERS, SCHEDULES, TrainConfig, native_precision
+from common.data import Loader
 from common.models import build
-from common.train import TrainConfig, fit, lr_factor, native_precision
+from common.optim import lr_factor
+from common.train import fit
 
 CONFIG = TrainConfig(epochs=3, batch_size=30, optimizer="muon", lr=0.1, momentum=0.6, augment=("flip", "crop:2"))
 
@@ -46,7 +48,7 @@ def stop_after(epoch):
     return hook
 
 
-@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path):
     config = dataclasses.replace(CONFIG, optimizer=optimizer, lr=0.02, lam=1e-3, accumulate=2, clip=1.0)
     whole = fit(network(), small, config, tmp_path / "whole")
@@ -63,7 +65,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path
 def test_a_run_names_every_commit_and_precision_it_was_trained_with(small, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=3)
     for epoch, commit, precision in ((1, "aaa", "no"), (2, "bbb+", "bf16"), (3, "bbb+", "no")):
-        monkeypatch.setattr(train, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(runs, "commit", lambda commit=commit: commit)
         monkeypatch.setattr(train, "native_precision", lambda *_, precision=precision: precision)
         with contextlib.suppress(Stop):
             fit(network(), small, config, tmp_path / "run", on_epoch=stop_after(epoch) if epoch < 3 else None)
@@ -92,11 +94,11 @@ def test_killed_process_resumes_exactly(small, tmp_path):
     time.sleep(0.5)
     killed.kill()
     killed.wait()
-    saved = train.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")
+    saved = runs.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")
     assert 1 <= len(saved["history"]) < CONFIG.epochs
     for name in ("killed", "whole"):
         assert start(tmp_path / name, "0").wait() == 0
-    ends = [train.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    ends = [runs.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert same(ends[0]["model"], ends[1]["model"]) and same(ends[0]["best"]["state_dict"], ends[1]["best"]["state_dict"])
 
 
@@ -128,8 +130,8 @@ def test_best_epoch_is_really_kept(small, tmp_path):
     )
     accuracies = [row["val_accuracy"] for row in run.history]
     assert run.manifest["best"]["epoch"] == accuracies.index(max(accuracies)) + 1
-    assert train.evaluate(run.model, small.val, small.spec)["accuracy"] == pytest.approx(max(accuracies))
-    assert same(weights(run.model), weights(train.load_model(run.folder)))
+    assert evaluate.evaluate(run.model, small.val, small.spec)["accuracy"] == pytest.approx(max(accuracies))
+    assert same(weights(run.model), weights(runs.load_model(run.folder)))
 
 
 def test_early_stopping_after_patience_epochs(small, tmp_path):
@@ -151,7 +153,7 @@ def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
 
     def hook(row):
         path = tmp_path / "run" / "checkpoint.pt"
-        seen.append(len(train.load_checkpoint(path)["history"]) if path.exists() else 0)
+        seen.append(len(runs.load_checkpoint(path)["history"]) if path.exists() else 0)
 
     fit(network(), small, dataclasses.replace(CONFIG, epochs=5), tmp_path / "run", on_epoch=hook, every=2)
     assert seen == [0, 2, 2, 4, 5]
@@ -201,20 +203,20 @@ def test_views_are_weighted_means_of_shifted_and_mirrored_images(small):
     x = torch.randn(4, 3, 32, 32)
     seen = []
     centre = lambda x: seen.append(x) or x[:, :, 16, 16]
-    assert torch.equal(train.views(centre, x), x[:, :, 16, 16])
-    assert torch.allclose(train.views(centre, x, 1), (x[:, :, 16, 16] + x[:, :, 16, 15]) / 2)
+    assert torch.equal(evaluate.views(centre, x), x[:, :, 16, 16])
+    assert torch.allclose(evaluate.views(centre, x, 1), (x[:, :, 16, 16] + x[:, :, 16, 15]) / 2)
     shifted = [(x[:, :, 16 + d, 16 + d] + x[:, :, 16 + d, 15 + d]) / 2 for d in (-1, 1)]
     expected = (x[:, :, 16, 16] + x[:, :, 16, 15]) / 4 + sum(shifted) / 4
     seen.clear()
-    assert torch.allclose(train.views(centre, x, 2), expected, atol=1e-6) and len(seen) == 6
+    assert torch.allclose(evaluate.views(centre, x, 2), expected, atol=1e-6) and len(seen) == 6
 
 
 def test_predictions_agree_with_evaluate(small):
     model = network()
     for tta in (0, 2):
         logits, scores = (
-            train.predict(model, small.val, small.spec, 7, tta),
-            train.evaluate(model, small.val, small.spec, tta=tta),
+            evaluate.predict(model, small.val, small.spec, 7, tta),
+            evaluate.evaluate(model, small.val, small.spec, tta=tta),
         )
         assert (logits.argmax(1) == small.val.y).float().mean().item() == pytest.approx(scores["accuracy"])
         assert scores["accuracy"] <= scores["top5"] <= 1
@@ -231,7 +233,7 @@ def test_settings_that_contradict_each_other_are_refused(small, tmp_path):
 def test_biases_decay_as_fast_as_weights_if_asked():
     config = TrainConfig(optimizer="muon", lr=0.1, lr_other=0.2, lr_bias=64, weight_decay=0.01)
     for on in (False, True):
-        groups = train.make_optimizer(network(), dataclasses.replace(config, decay_bias=on)).param_groups
+        groups = optim.make_optimizer(network(), dataclasses.replace(config, decay_bias=on)).param_groups
         other, biases = groups[1], groups[3]
         assert biases["lr"] * biases["weight_decay"] == pytest.approx(other["lr"] * other["weight_decay"] * on)
 
@@ -239,7 +241,7 @@ def test_biases_decay_as_fast_as_weights_if_asked():
 def test_momentum_other_is_that_of_all_but_convolutions():
     config = TrainConfig(optimizer="muon", momentum=0.6)
     for other, expected in ((None, [0.6] * 4), (0.85, [0.6] + [0.85] * 3), (0.0, [0.6, 0.0, 0.0, 0.0])):
-        groups = train.make_optimizer(network(), dataclasses.replace(config, momentum_other=other)).param_groups
+        groups = optim.make_optimizer(network(), dataclasses.replace(config, momentum_other=other)).param_groups
         assert [group["momentum"] for group in groups] == expected
     with pytest.raises(WorkbookError, match="momentum_other=1"):
         dataclasses.replace(config, momentum_other=1)
@@ -260,9 +262,14 @@ def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
         fit(network(), small, dataclasses.replace(CONFIG, watch="blocks.0.conv9.weight"), tmp_path / "unknown")
 
 
+def tracked_fit(tracker, split, folder, then=None):
+    with runs.tracked((tracker,), folder / "run", CONFIG, then) as hook:
+        return fit(network(), split, CONFIG, folder / "run", on_epoch=hook)
+
+
 def test_tensorboard_gets_every_epoch(small, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = fit(network(), small, CONFIG, tmp_path / "run", trackers=("tensorboard",))
+    run = tracked_fit("tensorboard", small, tmp_path)
     file = next((tmp_path / "run").rglob("events.out.tfevents*"))
     log = events.EventAccumulator(str(file.parent)).Reload()
     assert [event.step for event in log.Scalars("val_accuracy")] == [1, 2, 3]
@@ -272,7 +279,7 @@ def test_tensorboard_gets_every_epoch(small, tmp_path):
 def test_mlflow_writes_into_a_database_beside_the_runs(small, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    fit(network(), small, CONFIG, tmp_path / "run", trackers=("mlflow",))
+    tracked_fit("mlflow", small, tmp_path)
     assert (tmp_path / "mlflow.db").stat().st_size > 0
 
 
@@ -301,7 +308,7 @@ def test_wandb_offline_writes_into_the_run(small, tmp_path, monkeypatch):
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    fit(network(), small, CONFIG, tmp_path / "run", trackers=("wandb",))
+    tracked_fit("wandb", small, tmp_path)
     assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")) and not (tmp_path / "wandb").exists()
 
 
@@ -344,13 +351,13 @@ def test_hook_sees_clipped_gradients_and_penalty_is_added_after(small, tmp_path)
 def test_penalty_shrinks_gammas(penalty, small, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=4, lam=0.5, lr_other=0.1, penalty=penalty)
     run = fit(network(), small, config, tmp_path / "run")
-    run.model.load_state_dict(train.load_checkpoint(run.folder / "checkpoint.pt")["model"])  # the last epoch, not the best
+    run.model.load_state_dict(runs.load_checkpoint(run.folder / "checkpoint.pt")["model"])  # the last epoch, not the best
     values = torch.cat([g.detach() for g in slimming.gammas(run.model)]).abs()
     assert values.median() < 0.2
     assert (values == 0).any() == (penalty == "proximal")
 
 
-@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_warms_up_from_step_0_and_never_rises_after(schedule):
     factors = [lr_factor(step, 100, 10, schedule) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -366,13 +373,13 @@ def test_schedule_warms_up_from_step_0_and_never_rises_after(schedule):
 def test_orthogonalise_brings_singular_values_together():
     torch.manual_seed(0)
     for shape in ((20, 50), (50, 20)):
-        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape), steps=5))
+        values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(shape), steps=5))
         assert values.min() > 0.4 and values.max() < 1.4
 
 
 def test_parameter_groups_hold_each_parameter_once():
     model = network()
-    optimizer = train.make_optimizer(model, dataclasses.replace(CONFIG, lr_gamma=0.5, lr_bias=3.0))
+    optimizer = optim.make_optimizer(model, dataclasses.replace(CONFIG, lr_gamma=0.5, lr_bias=3.0))
     conv, other, gamma, bias = (group["params"] for group in optimizer.param_groups)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sorted(map(id, conv + other + gamma + bias)) == sorted(map(id, trained))
@@ -388,7 +395,7 @@ def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
 
     with pytest.raises(WorkbookError, match="lower lr"):
         fit(network(), small, CONFIG, tmp_path / "run", on_grad=poison)
-    assert len(train.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+    assert len(runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
 
 
 def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_reported(small, tmp_path):
@@ -404,19 +411,20 @@ def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_reported(small, t
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_processes_that_cannot_share_the_work_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(WorkbookError, match="leaves 1 of 101 images for the last batch, too few for 4 processes"):
-        train.refuse_uneven_processes(tmp_path, 0, 101, 10, 4)
-    train.refuse_uneven_processes(tmp_path, 3, 101, 10, 1)
-    monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, 0])
+def test_processes_that_cannot_share_the_work_are_refused(small, tmp_path, monkeypatch):
+    with pytest.raises(WorkbookError, match="leaves 1 of 100 images for the last batch, too few for 4 processes"):
+        Loader(small.train, small.spec, 11, share=(0, 4))
+    Loader(small.train, small.spec, 11, share=(0, 1))
+    monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, 1])
     with pytest.raises(WorkbookError, match="same checkpoint"):
-        train.refuse_uneven_processes(tmp_path, 3, 100, 10, 2)
+        fit(network(), small, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_without_its_manifest_is_named(small, tmp_path):
     fit(network(), small, CONFIG, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(WorkbookError, match="run has lost its run.json; restore"):
+    with pytest.raises(WorkbookError, match="no manifest beside .*run; restore its run.json"):
         fit(network(), small, CONFIG, tmp_path / "run")
 
 
@@ -434,24 +442,18 @@ def test_illegal_settings(wrong):
 
 def test_unknown_and_missing_trackers_are_named(small, tmp_path, monkeypatch):
     with pytest.raises(WorkbookError, match="tensorboard"):
-        fit(network(), small, CONFIG, tmp_path, trackers=("tensorbored",))
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+        tracked_fit("tensorbored", small, tmp_path)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WorkbookError, match="pip install mlflow"):
-        fit(network(), small, CONFIG, tmp_path, trackers=("mlflow",))
+        tracked_fit("mlflow", small, tmp_path)
 
 
 def test_model_files_rebuild_themselves(tmp_path):
     model = network()
     pruned = slimming.slim(model, slimming.make_masks(slimming.scores(model, "random"), 0.5))
-    path = train.save_model(tmp_path / "model.pt", pruned)
-    again = train.load_model(path, expect="resnet17")
+    path = runs.save_model(tmp_path / "model.pt", pruned)
+    again = runs.load_model(path, expect="resnet17")
     assert again.cfg == pruned.cfg and same(weights(again), weights(pruned))
-    half = train.save_model(tmp_path / "half.pt", pruned, half=True)
-    assert half.stat().st_size < path.stat().st_size
-    assert all(
-        torch.allclose(a.float(), b.float(), atol=2e-3)
-        for a, b in zip(weights(train.load_model(half)).values(), weights(pruned).values())
-    )
 
 
 class Bomb:
@@ -461,7 +463,7 @@ class Bomb:
 
 def test_unusable_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good = train.save_model(tmp_path / "good.pt", network())
+    good = runs.save_model(tmp_path / "good.pt", network())
     (tmp_path / "truncated.pt").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
@@ -472,24 +474,24 @@ def test_unusable_checkpoints(tmp_path, monkeypatch):
     for name, reason in dict(missing="does not exist", truncated="truncated", text="cannot be read", bomb="code", bomb2="code",
                              other="not a checkpoint", mismatch="do not fit", unknown="resnet99").items():  # fmt: skip
         with pytest.raises(WorkbookError, match=reason) as caught:
-            train.load_model(tmp_path / f"{name}.pt")
+            runs.load_model(tmp_path / f"{name}.pt")
         assert "\n" not in str(caught.value)
     with pytest.raises(WorkbookError, match="holds a 'resnet17'"):
-        train.load_model(good, expect="vgg16")
+        runs.load_model(good, expect="vgg16")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
-    path = train.save_model(tmp_path / "model.pt", network())
+    path = runs.save_model(tmp_path / "model.pt", network())
     before = path.read_bytes()
 
     def full(self, data):
         os.open(self, os.O_CREAT | os.O_WRONLY)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.Path, "write_bytes", full)
+    monkeypatch.setattr(runs.Path, "write_bytes", full)
     with pytest.raises(WorkbookError, match="No space left"):
-        train.save_model(path, network(seed=1))
+        runs.save_model(path, network(seed=1))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -499,3 +501,56 @@ def test_unwritable_runs_folder_is_named(small, tmp_path):
     with pytest.raises(WorkbookError, match="cannot write"):
         fit(network(), small, dataclasses.replace(CONFIG, epochs=1), tmp_path / "runs" / "run", on_grad=epochs.append)
     assert not epochs, "found out before the training"
+
+
+@pytest.fixture
+def free_threads(monkeypatch):
+    """A machine of four cores on which nobody has set a number of threads."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(train, "CORES", 4)
+    monkeypatch.setattr(train, "chosen_threads", 4)
+    torch.set_num_threads(4)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def busy(monkeypatch, cores):
+    monkeypatch.setattr(train, "idle_cores", lambda: 4 - cores)
+
+
+@pytest.mark.parametrize("cores,threads", ((-60, 4), (0, 4), (0.3, 4), (1, 3), (2, 2), (3, 1), (4, 1)))
+def test_a_training_takes_as_many_threads_as_cores_are_idle(cores, threads, free_threads, tmp_path, capsys):
+    busy(free_threads, cores)
+    train.set_threads(tmp_path)
+    assert torch.get_num_threads() == threads
+    assert f"threads: {threads}, " in capsys.readouterr().out
+
+
+def test_the_next_training_looks_again(free_threads, tmp_path):
+    for cores, threads in ((3, 1), (0, 4), (2, 2)):
+        busy(free_threads, cores)
+        train.set_threads(tmp_path)
+        assert torch.get_num_threads() == threads
+
+
+def test_a_number_of_threads_that_was_set_wins(free_threads, tmp_path, capsys):
+    busy(free_threads, 4)
+    torch.set_num_threads(3)
+    train.set_threads(tmp_path)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(4)
+    free_threads.setenv("OMP_NUM_THREADS", "4")
+    train.set_threads(tmp_path)
+    assert torch.get_num_threads() == 4 and not capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_threads(small, free_threads, tmp_path):
+    busy(free_threads, 2)
+    with pytest.raises(Stop):
+        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
+    busy(free_threads, 0)
+    train.set_threads(tmp_path)
+    assert torch.get_num_threads() == 4
+    resumed = fit(network(), small, CONFIG, tmp_path / "run")
+    assert torch.get_num_threads() == 2 and resumed.manifest["machine"]["threads"] == 2

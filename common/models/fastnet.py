@@ -1,4 +1,4 @@
-"""Networks made to be trained fast, after airbench (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024)."""
+"""After airbench (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024)."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -8,7 +8,7 @@ from common.models.groups import Group, Prunable, SqueezeExcite, Whiten, widths
 
 
 class Stage(nn.Module):
-    """conv1 – max-pool – bn1 – gelu, then (conv – bn – gelu) for every further width; a shortcut where there are three."""
+    """conv1 – max-pool – bn1 – gelu, then conv – bn – gelu each; with three, a shortcut."""
 
     def __init__(self, inputs, channels, hidden):
         super().__init__()
@@ -16,9 +16,10 @@ class Stage(nn.Module):
         for i, (before, width) in enumerate(zip([inputs, *channels], channels), 1):
             conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
             if width >= before:
-                nn.init.dirac_(conv.weight.data[:before])  # the first filters start by handing their input on
+                # the first filters start by handing their input on
+                nn.init.dirac_(conv.weight.data[:before])
             setattr(self, f"conv{i}", conv)
-            # Statistics of a few steps are enough, and the network changes fast: a momentum of 0.4, not 0.1.
+            # The network changes fast: statistics of a few steps, so a momentum of 0.4, not 0.1.
             setattr(self, f"bn{i}", nn.BatchNorm2d(width, eps=1e-12, momentum=0.4))
         self.se = SqueezeExcite(channels[-1], hidden) if hidden else None
 
@@ -31,11 +32,12 @@ class Stage(nn.Module):
 
 
 class FastNet(Prunable, nn.Module):
-    """Whitening, three stages, max-pool, linear classifier; x (N, 3, H, W) with H, W ≥ 19 → logits (N, classes).
+    """Whitening, three stages, max-pool, linear; x (N, 3, H, W), H, W ≥ 19 → logits (N, classes).
 
-    `cfg` holds the widths of conv1 and conv2 of every stage (with `depth` 3, conv3 shares conv1's channels).
-    `gammas`: whether BatchNorm scales are trained (airbench fixes them at 1; slimming needs them). `se`:
-    reduction of squeeze-and-excitation at the end of each stage, 0 for none. `dropout`: before the classifier.
+    `cfg` holds the widths of conv1 and conv2 of every stage (with `depth` 3, conv3 shares conv1's
+    channels). `gammas`: whether BatchNorm scales are trained (airbench fixes them at 1; slimming
+    needs them). `se`: reduction of squeeze-and-excitation at the end of each stage, 0 for none.
+    `dropout`: before the classifier.
     """
 
     def __init__(self, stages, depth, gammas, se, dropout, cfg, classes):
@@ -45,19 +47,21 @@ class FastNet(Prunable, nn.Module):
         self.stages, self._groups = nn.ModuleList(), []
         for n, (outer, inner) in enumerate(zip(self.cfg[::2], self.cfg[1::2])):
             at, last = f"stages.{n}", n + 1 == len(stages)
-            self.stages.append(Stage(inputs, [outer, inner, outer][:depth], se and max(1, stages[n] // se)))
-            following = ["head" if last else f"stages.{n + 1}.conv1"] + [f"{at}.se.squeeze"] * bool(se)
-            gates = (f"{at}.se.excite",) * bool(se)
-            name = lambda *numbers, kind, at=at: tuple(f"{at}.{kind}{i}" for i in numbers)
-            both = (1, 3) if depth == 3 else (1,)
-            one = dict(out=name(*both, kind="conv"), norm=name(*both, kind="bn"), into=name(2, kind="conv"))
-            two = dict(out=name(2, kind="conv"), norm=name(2, kind="bn"), into=name(3, kind="conv"))
-            if depth == 3:
-                one |= dict(into=(*one["into"], *following), gates=gates, inner=False)
-            else:
-                two |= dict(into=tuple(following), gates=gates)
+            hidden = se and max(1, stages[n] // se)
+            self.stages.append(Stage(inputs, [outer, inner, outer][:depth], hidden))
+            following = ("head" if last else f"stages.{n + 1}.conv1",)
+            gates = (f"{at}.se.excite",) if se else ()
+            if se:
+                following += (f"{at}.se.squeeze",)
+            one = dict(out=(f"{at}.conv1",), norm=(f"{at}.bn1",), into=(f"{at}.conv2",))
+            two = dict(out=(f"{at}.conv2",), norm=(f"{at}.bn2",), into=following, gates=gates)
+            inputs = inner
+            if depth == 3:  # conv3 adds to conv1's channels, and they go on
+                one = dict(out=(*one["out"], f"{at}.conv3"), norm=(*one["norm"], f"{at}.bn3"))
+                one |= dict(into=(f"{at}.conv2", *following), gates=gates, inner=False)
+                two |= dict(into=(f"{at}.conv3",), gates=())
+                inputs = outer
             self._groups += [Group(f"{at}.bn1", **one), Group(f"{at}.bn2", **two)]
-            inputs = outer if depth == 3 else inner
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(inputs, classes, bias=False)
         for module in self.stages.modules():
@@ -68,11 +72,12 @@ class FastNet(Prunable, nn.Module):
         x = F.gelu(self.whiten(x))
         for stage in self.stages:
             x = stage(x)
-        return self.head(self.dropout(x.amax((2, 3)))) / 9  # small logits at the start; the classifier learns at a high rate
+        # small logits at the start; the classifier learns at a high rate
+        return self.head(self.dropout(x.amax((2, 3)))) / 9
 
 
 def fastnet(cfg=None, classes=10, width=64, depth=2, gammas=False, se=0, dropout=0.0):
-    """airbench94's shape at the defaults: 118 M MACs at 32 px; stages of `width`, 4·`width`, 4·`width`."""
+    """airbench94's shape at the defaults: 118 M MACs; stages of `width`, 4·`width`, 4·`width`."""
     if depth not in (2, 3):
         raise WorkbookError(f"depth={depth!r} is not legal; give 2 or 3 convolutions a stage")
     return FastNet((width, 4 * width, 4 * width), depth, gammas, se, dropout, cfg, classes)

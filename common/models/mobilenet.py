@@ -6,13 +6,19 @@ from common import WorkbookError, choose
 from common.models.groups import Group, Prunable, widths
 
 # (width of the pointwise convolution, stride of the depthwise one) of the 13 blocks
-LAYOUT = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
-NOT_ELEMENTWISE = {"MultiheadAttention", "Threshold", "GLU", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
-ACTIVATIONS = {name.lower(): getattr(nn, name) for name in nn.modules.activation.__all__ if name not in NOT_ELEMENTWISE}
+LAYOUT = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *[(512, 1)] * 5,
+    *((1024, 2), (1024, 1)),
+)
+OTHERS = {"MultiheadAttention", "Threshold", "GLU"}  # not elementwise, as the next ones
+OTHERS |= {"Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+NAMES = [name for name in nn.modules.activation.__all__ if name not in OTHERS]
+ACTIVATIONS = {name.lower(): getattr(nn, name) for name in NAMES}
 
 
 class Block(nn.Module):
-    """Depthwise 3×3 (conv1) and pointwise 1×1 convolution (conv2), each with BatchNorm and activation."""
+    """Depthwise 3×3 (conv1), pointwise 1×1 (conv2), each with BatchNorm and activation."""
 
     def __init__(self, inputs, outputs, stride, activation):
         super().__init__()
@@ -27,22 +33,25 @@ class Block(nn.Module):
 
 
 class MobileNet(Prunable, nn.Module):
-    """Stem, 13 depthwise-separable blocks, average pooling, linear; x (N, 3, 32, 32) → logits (N, classes).
+    """Stem, 13 depthwise-separable blocks, mean, linear; x (N, 3, 32, 32) → logits (N, classes).
 
-    `cfg` holds 14 widths: the stem's and one a block (a depthwise convolution has those of its input).
+    `cfg` holds 14 widths: the stem's and one a block (a depthwise convolution keeps its input's).
     """
 
     def __init__(self, width, activation, activation_at, cfg, classes):
         super().__init__()
         if not isinstance(activation_at or {}, dict):
-            raise WorkbookError(f"activation_at={activation_at!r} must map names to lists of blocks, as in {{'sigmoid': [4, 5]}}")
+            way = "{'sigmoid': [4, 5]}"
+            raise WorkbookError(f"activation_at={activation_at!r} must map names to blocks: {way}")
         names = [activation] * len(LAYOUT)
         for name, blocks in (activation_at or {}).items():
             for block in blocks:
                 if block not in range(len(LAYOUT)):
-                    raise WorkbookError(f"block {block!r} is out of range; the blocks are 0 to {len(LAYOUT) - 1}")
+                    last = len(LAYOUT) - 1
+                    raise WorkbookError(f"block {block!r} is out of range; give 0 to {last}")
                 names[block] = name
-        acts = [ACTIVATIONS[choose("activation", name, ACTIVATIONS)] for name in [activation, *names]]
+        names = [choose("activation", name, ACTIVATIONS) for name in [activation, *names]]
+        acts = [ACTIVATIONS[name] for name in names]
         self.cfg = widths(cfg, [max(1, round(width * c)) for c in (32, *(c for c, _ in LAYOUT))])
         self.conv1 = nn.Conv2d(3, self.cfg[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(self.cfg[0])
@@ -53,7 +62,8 @@ class MobileNet(Prunable, nn.Module):
         self._groups, out, norm = [], "conv1", "bn1"
         for n in range(len(LAYOUT)):
             at = f"layers.{n}"
-            self._groups.append(Group(norm, (out, f"{at}.conv1"), (norm, f"{at}.bn1"), (f"{at}.conv2",)))
+            convs, norms = (out, f"{at}.conv1"), (norm, f"{at}.bn1")
+            self._groups.append(Group(norm, convs, norms, (f"{at}.conv2",)))
             out, norm = f"{at}.conv2", f"{at}.bn2"
         self._groups.append(Group(norm, (out,), (norm,), ("linear",)))
 
@@ -67,7 +77,8 @@ class MobileNet(Prunable, nn.Module):
 def mobilenet(cfg=None, classes=10, width=1.0, activation="relu", activation_at=None):
     """46.4 M MACs, 3.3 M parameters for 100 classes at width 1.
 
-    `activation` is any of torch's by name; `activation_at` gives some blocks another: {"sigmoid": [4, 5, 6]}.
+    `activation` is any of torch's by name; `activation_at` gives some blocks another, as in
+    {"sigmoid": [4, 5, 6]}.
     """
     return MobileNet(width, activation, activation_at, cfg, classes)
 

@@ -1,18 +1,19 @@
-"""VGG with BatchNorm (Simonyan & Zisserman 2015) as used for network slimming (Liu et al., ICCV 2017)."""
+"""VGG with BatchNorm (Simonyan & Zisserman 2015), as in network slimming (Liu et al. 2017)."""
 
 from torch import nn
 
 from common.models.groups import Group, Prunable, widths
 
 POOL = "M"
+START = (64, 64, POOL, 128, 128, POOL)
 LAYOUT = {
-    16: (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL, 512, 512, 512),
-    19: (64, 64, POOL, 128, 128, POOL, 256, 256, 256, 256, POOL, 512, 512, 512, 512, POOL, 512, 512, 512, 512),
+    16: (*START, *[256] * 3, POOL, *[512] * 3, POOL, *[512] * 3),
+    19: (*START, *[256] * 4, POOL, *[512] * 4, POOL, *[512] * 4),
 }
 
 
 class VGG(Prunable, nn.Module):
-    """3×3 convolutions with BatchNorm and ReLU, four max-pools, 2×2 average, linear; `cfg` is one width a layer."""
+    """3×3 convolutions, BatchNorm, ReLU, four max-pools, mean, linear; `cfg`: a width a layer."""
 
     def __init__(self, depth, cfg=None, classes=10):
         super().__init__()
@@ -24,14 +25,16 @@ class VGG(Prunable, nn.Module):
                 continue
             names.append(len(layers))
             outputs = next(queue)
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             inputs = outputs
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(inputs, classes)
         readers = [f"features.{i}" for i in names[1:]] + ["fc"]
-        self._groups = [
-            Group(f"features.{i}", (f"features.{i}",), (f"features.{i + 1}",), (reader,)) for i, reader in zip(names, readers)
-        ]
+        self._groups = []
+        for i, reader in zip(names, readers):
+            conv, norm = f"features.{i}", f"features.{i + 1}"
+            self._groups.append(Group(conv, (conv,), (norm,), (reader,)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
