@@ -8,11 +8,10 @@ import statistics
 import time
 
 import torch
-from PIL import Image
-from torchvision import transforms
-
 from common.data import Images, Loader, load
 from common.train import keep_freed_memory
+from PIL import Image
+from torchvision import transforms
 
 
 class PilImages(torch.utils.data.Dataset):

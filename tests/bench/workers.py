@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-
-from common import ROOT, sweep
+from common import ROOT, config, sweep
 
 
 def main(trials=4, ways=((1, 2), (2, 1))):
@@ -28,7 +27,7 @@ def main(trials=4, ways=((1, 2), (2, 1))):
             environment = {**os.environ, "RUNS_DIR": folder, "OMP_NUM_THREADS": str(threads)}
             command = [sys.executable, "-m", "common.sweep", str(file), *words]
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            done = sweep.open_study(sweep.read(file), storage, enqueue=False).get_trials()
+            done = sweep.open_study(config.read_study(file), storage, enqueue=False).get_trials()
             span = max(t.datetime_complete for t in done) - min(t.datetime_start for t in done)
         print(
             f"{workers} × {threads} threads: {3600 * trials / span.total_seconds():.1f} trials of one epoch an hour", flush=True
