@@ -3,7 +3,7 @@ SCALE ?= quick
 VENV ?= .venv
 RUNS_DIR ?= runs
 PYTHON ?= python3
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(VENV)/bin
 LAB1 := baseline advanced speedrun under_5m cifar100
 LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
@@ -34,10 +34,10 @@ assignment: $(VENV)/installed
 	@$(call run,Assignment_MobileNet,hyperparameter_study)
 
 define run
-	mkdir -p $(RUNS_DIR)/notebooks; \
+	mkdir -p "$(RUNS_DIR)/notebooks"; \
 	for name in $(2); do \
 		echo "$(1)/$$name.ipynb, scale $(SCALE)"; \
-		$(BIN)/papermill $(1)/$$name.ipynb $(RUNS_DIR)/notebooks/$$name-$(SCALE).ipynb -p scale $(SCALE) \
+		$(BIN)/papermill $(1)/$$name.ipynb "$(RUNS_DIR)/notebooks/$$name-$(SCALE).ipynb" -p scale $(SCALE) \
 			--log-output --log-level WARNING --no-progress-bar || exit 1; \
 	done
 endef
