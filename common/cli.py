@@ -1,4 +1,4 @@
-"""How does one run a training without a notebook? Settings are options of a command."""
+"""How does one run a training, or a study, without a notebook? Settings are options."""
 
 import sys
 from dataclasses import dataclass, field
@@ -35,13 +35,30 @@ class Command(TrainConfig):
     test: bool = False  # measure test accuracy at the end, when nothing is left to choose
 
 
+@dataclass(frozen=True)
+class StudyCommand:
+    """Run a study; the same command again, here or on another machine, goes on with it."""
+
+    file: tyro.conf.Positional[str]  # study file (YAML)
+    workers: int = 2  # processes on this machine; 0 only queues the runs, requeues, and sums up
+    threads: int | None = None  # threads of each; default: the cores are shared out
+    # sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; default: sqlite in runs/
+    storage: str | None = None
+    requeue: bool = False  # first queue again what has failed
+    # the same, and all that is said to run: when you know that its workers are gone
+    requeue_all: bool = False
+    # seconds between two signs of life; after four without one, a run is queued again
+    heartbeat: int = 30
+    trackers: tuple[str, ...] = ()  # "tensorboard", "mlflow", "wandb" or "trackio"
+
+
 def start(settings: dict, split: data.Split, folder: Path, trackers=(), **hooks) -> runs.Run:
     """`fit` for a run's flat settings, from fresh weights."""
     config, network = config_and_network(settings)
     x = normalise(split.train.x[:5000], split.spec)
     model = models.fresh(seed=config.seed, x=x, **network)
     then = hooks.pop("on_epoch", None)
-    with runs.tracked(trackers, folder, config, then) as hook:
+    with report.tracked(trackers, folder, config, then) as hook:
         return train.fit(model, split, config, folder, on_epoch=hook, **hooks)
 
 

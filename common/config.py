@@ -50,7 +50,7 @@ class TrainConfig:
     weight_decay: Rate = 5e-4  # on weights only: not on gammas, betas and biases
     # biases and betas decay too, as fast as the other weights do
     decay_bias: Annotated[bool, switch] = False
-    # all but "constant" end near 0
+    # "cosine", "linear", "steps" or "constant"; all but the last end near 0
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     warmup: Rate = 0.0  # epochs of linear warm-up
     # with "steps": shares of the run after which lr falls tenfold
@@ -63,14 +63,14 @@ class TrainConfig:
     accumulate: Count = 1  # pieces a batch is cut into, one backward pass each
     # largest gradient norm
     clip: Annotated[float | None, optional(number(1e-9))] = None
-    # "auto" is what the machine computes natively
+    # "no", "fp16", "bf16", or "auto": what the machine computes natively
     precision: Annotated[str, one_of(PRECISIONS)] = "auto"
     # whose weights are kept: of the "best" epoch on validation, or of the "last"
     select: Annotated[str, one_of(SELECT)] = "best"
     # epochs without a better validation accuracy before stopping
     patience: Annotated[int | None, optional(whole(1))] = None
     lam: Rate = 0.0  # L1 strength on the gammas of the inner prune groups
-    # how the L1 term acts; "proximal" reaches exact zeros
+    # how the L1 term acts: "subgradient", or "proximal", which reaches exact zeros
     penalty: Annotated[str, one_of(PENALTIES)] = "subgradient"
     # parameter whose gradient norm is recorded, before clipping, as the mean over an epoch
     watch: Annotated[str | None, optional(text)] = None
@@ -167,8 +167,10 @@ def read_study(path) -> Study:
     expanded, seen = {}, {}
     for name, changes in found["configurations"].items():
         try:
-            legal_name("configuration", name)
-            settings = found["base"] | dict(changes or {})
+            legal_name("configuration", str(name))
+            if not isinstance(changes or {}, dict):
+                raise WorkbookError(f"{changes!r} is not legal; give settings, as in lr: 0.1")
+            settings = found["base"] | (changes or {})
             seeds = settings.pop("seeds", found["seeds"])
             several(whole(0))("seeds", seeds)
             made = repr(check_settings(settings))

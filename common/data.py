@@ -59,7 +59,8 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     x, y, xt, yt = (torch.from_numpy(arrays[key]) for key in KEYS)
     train = Images(x.permute(0, 3, 1, 2), y.long())
     test = Images(xt.permute(0, 3, 1, 2), yt.long())
-    names = arrays.get("classes", NAMES if spec.classes == 10 else range(spec.classes))
+    numbered = [f"class {i}" for i in range(spec.classes)]
+    names = arrays.get("classes", NAMES if spec.classes == 10 else numbered)
     return Split(train[~held], train[held], test, spec, tuple(map(str, names)))
 
 

@@ -5,12 +5,12 @@ import contextlib
 import copy
 import io
 import sys
+import time
 
 import thop
 import torch
 import torchsummary
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.models.groups import Whiten
@@ -71,11 +71,15 @@ def latency(model: nn.Module, batch_size: int = 1, repeats: int = 50, warmup: in
     device = next(model.parameters()).device
     model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, *IMAGE, device=device).to(memory_format=torch.channels_last)
-    threads = torch.get_num_threads()  # a Timer takes one otherwise
-    timer = Timer("model(x)", globals=dict(model=model, x=x), num_threads=threads)
-    times = [timer.timeit(1).mean * 1000 for _ in range(warmup + repeats)][warmup:]
-    shares = dict(median=0.5, p10=0.1, p90=0.9)
-    return {name: torch.tensor(times).quantile(share).item() for name, share in shares.items()}
+    times = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        model(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) * 1000)
+    p10, median, p90 = torch.tensor(times[warmup:]).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return dict(median=median, p10=p10, p90=p90)
 
 
 def peak_memory() -> float:

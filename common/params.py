@@ -34,7 +34,8 @@ def injected(namespace: dict) -> list:
     cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters")]
     statements = [node for cell in cells for node in ast.parse(cell).body]
     assignments = [node for node in statements if isinstance(node, ast.Assign)]
-    return [target.id for node in assignments for target in node.targets]
+    targets = [target for node in assignments for target in node.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def one_of(legal):

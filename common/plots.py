@@ -46,8 +46,8 @@ def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None
     """One line a run over the epochs; `histories` maps a label to a list of rows."""
     ax = _axes(ax)
     for label, history in histories.items():
-        epochs, values = zip(*((row["epoch"], row[key]) for row in history))
-        ax.plot(epochs, values, marker="o", markersize=3, label=label)
+        epochs = [row["epoch"] for row in history]
+        ax.plot(epochs, [row[key] for row in history], marker="o", markersize=3, label=label)
     return _finish(ax, "epoch", ylabel or key.replace("_", " "))
 
 
@@ -102,7 +102,7 @@ def _raised(v, low):
 
 def gamma_layers(values: dict, low: float = 1e-6, ax=None):
     """|gamma| of every layer: a dot a channel, raised to `low`; `values` maps layer to gammas."""
-    ax = _axes(ax, 1.5 + 0.42 * len(values))
+    ax = _axes(ax, max(4.0, 1.0 + 0.42 * len(values)))
     for i, v in enumerate(values.values()):
         x = torch.linspace(i - 0.35, i + 0.35, len(v))  # dots of equal height stay visible
         ax.plot(x, _raised(v, low), ".", color="tab:blue", alpha=0.4, markersize=4)
@@ -113,7 +113,7 @@ def gamma_layers(values: dict, low: float = 1e-6, ax=None):
 
 def channels(before: dict, after: dict, ax=None):
     """Bars of the channels of each group before (pale) and after pruning."""
-    ax = _axes(ax, 1.5 + 0.42 * len(before))
+    ax = _axes(ax, max(4.0, 1.0 + 0.42 * len(before)))
     ax.bar(range(len(before)), before.values(), color="tab:blue", alpha=0.25, label="before")
     bars = ax.bar(range(len(after)), after.values(), color="tab:blue", label="after")
     ax.bar_label(bars, fontsize=6)

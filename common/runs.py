@@ -1,10 +1,9 @@
-"""What does a run leave on disk, and how is it read back? Checkpoint, manifest, weights."""
+"""What does a run leave on disk, and how is it read back? On which machine did it run?"""
 
-import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -14,16 +13,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import nn
 
-from common import ROOT, WorkbookError, choose, folder_from, write_file
+from common import ROOT, WorkbookError, folder_from, write_file
 from common.config import TrainConfig, as_json
 from common.data import Split
 from common.models import build
-
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
 
 @dataclass
@@ -149,6 +147,23 @@ def machine(device="cpu") -> dict:
     )
 
 
+def idle_cores(seconds: float = 0.5) -> float:
+    """Cores that no other process uses, as a mean over some time."""
+    own = psutil.Process()
+    own.cpu_percent()
+    idle = psutil.cpu_count() * (1 - psutil.cpu_percent(interval=seconds) / 100)
+    return idle + own.cpu_percent() / 100
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory: handing it back and faulting it in costs 10-20 % on a CPU."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # M_MMAP_THRESHOLD, which some versions allow up to 32 MB; M_TRIM_THRESHOLD
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
+
+
 def torch_bytes(content: dict) -> bytes:
     """What torch.save makes of it, in memory: a full disk then never costs the previous file."""
     buffer = io.BytesIO()
@@ -212,40 +227,3 @@ def digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-def check_trackers(names) -> None:
-    """Raise WorkbookError for the name of a tracker that is unknown or not installed."""
-    for name in names:
-        if importlib.util.find_spec(choose("tracker", name, TRACKERS)) is None:
-            raise WorkbookError(f"tracker {name!r} is not installed; run: pip install {name}")
-
-
-@contextlib.contextmanager
-def tracked(names, folder: Path, config: TrainConfig, then=None):
-    """An `on_epoch` hook for `fit` that hands each epoch to trackers by name, and to `then`.
-
-    A resumed run is handed over from its first epoch on, a finished one not at all. The trackers
-    are closed when the block ends, also by an exception.
-    """
-    check_trackers(names)
-    if not names or (folder / "best.pt").exists():  # finished
-        yield then
-        return
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
-    accelerator = Accelerator(log_with=list(names), project_dir=folder)
-    # TensorBoard would show the epochs of a resumed run twice: purge what was before.
-    ways = {"wandb": {"dir": str(folder)}, "tensorboard": {"purge_step": 1}}
-    settings = {key: str(value) for key, value in as_json(config).items()}
-    accelerator.init_trackers(folder.name, settings, ways)
-
-    def hook(row):
-        accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
-        if then:
-            then(row)
-
-    try:
-        yield hook
-    finally:
-        for tracker in accelerator.trackers:  # end_training would also end ties of processes
-            tracker.finish()

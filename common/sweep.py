@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -26,12 +25,14 @@ from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrial
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from common import ROOT, WorkbookError, cli, data, params, runs, train
+from common import ROOT, WorkbookError, cli, data, params, report, runs, train
+from common.cli import StudyCommand
 from common.config import Study, read_study
 
 MISSED = 4  # heartbeats, after which a worker is taken for dead
 RETRIES = 10  # times that a run whose worker died is queued again by itself
 OPEN = {TrialState.WAITING, TrialState.RUNNING}
+TAKEN = OPEN | {TrialState.COMPLETE}
 FINISHED = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # raised if told once more
 load = functools.lru_cache(data.load)
 
@@ -56,32 +57,34 @@ def open_study(study: Study, storage=None, heartbeat=30, enqueue=True) -> optuna
         shown = re.sub(r"(?<=:)[^/@]+(?=@)", "***", url)  # no password in a message
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WorkbookError(f"storage {shown} cannot be reached ({reason}); check it") from None
-    if enqueue:
-        trials = trials_with_runs(opened, study)
-        failed = {key for key, trial in trials if "error" in trial.user_attrs}
-        for key, settings in study.runs.items():
-            if key not in failed:
-                queue(opened, key, settings)
+    trials = trials_with_runs(opened)
+    if trials and not {key for key, _ in trials} & set(study.runs):
+        raise WorkbookError(f"the storage holds another study {study.name!r}; use another name")
+    trials = trials_with_runs(opened, study)
+    known = {key for key, t in trials if t.state in TAKEN or "error" in t.user_attrs}
+    for key in study.runs if enqueue else ():
+        if key not in known:  # two machines may get here at once: see `objective`
+            queue(opened, key, study.runs[key])
     return opened
 
 
 def open_storage(url: str, heartbeat: int):
     """A journal file, or a database, which queues again the runs of workers that died."""
-    kind, _, path = url.partition(":")
-    if kind in ("journal", "sqlite"):
-        path = ROOT / Path(path.removeprefix("///")).expanduser()
+    kind = next((kind for kind in ("sqlite:///", "journal:") if url.startswith(kind)), "")
+    if kind:  # a file; its path begins at the repository
+        path = ROOT / Path(url.removeprefix(kind)).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "journal":
+        url = f"{kind}{path}"
+    if kind == "journal:":
         return JournalStorage(JournalFileBackend(str(path)))
-    options = dict(pool_pre_ping=True)
-    if kind == "sqlite":
-        url = f"sqlite:///{path}"
-        options["connect_args"] = dict(timeout=60, isolation_level=None)
+    sqlite = url.startswith("sqlite")
+    arguments = dict(timeout=60, isolation_level=None) if sqlite else dict(connect_timeout=20)
+    options = dict(pool_pre_ping=True, connect_args=arguments)
     beat = dict(heartbeat_interval=heartbeat, grace_period=MISSED * heartbeat)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     beat["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback(RETRIES)
     storage = RDBStorage(url, options, **beat)
-    if kind == "sqlite":
+    if sqlite:
         # It locks at the first write: two workers could read "waiting" and take the same trial.
         begin = lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
         sqlalchemy.event.listen(storage.engine, "begin", begin)
@@ -95,47 +98,40 @@ def trials_with_runs(opened: optuna.Study, study: Study | None = None) -> list:
     return [(t.user_attrs["key"], t) for t in trials if same(t.user_attrs)]
 
 
-def numbers_of_run(opened: optuna.Study, kept: dict) -> list:
-    """Numbers of the trials that have this run, with these settings: waiting, running, complete."""
-    same = lambda other: all(kept.get(name) == other[name] for name in ("key", "settings"))
-    there = OPEN | {TrialState.COMPLETE}
-    trials = [t for _, t in trials_with_runs(opened) if t.state in there]
-    return [t.number for t in trials if same(t.user_attrs)]
+def queue(opened: optuna.Study, key: str, settings: dict) -> None:
+    opened.enqueue_trial({}, user_attrs=dict(key=key, settings=settings))
 
 
-def queue(opened: optuna.Study, key: str, settings: dict) -> bool:
-    """Queue a run, unless it waits, runs or is complete already; whether it was queued."""
-    attributes = dict(key=key, settings=settings)
-    wanted = not numbers_of_run(opened, attributes)
-    if wanted:
-        opened.enqueue_trial({}, user_attrs=attributes)
-    return wanted
-
-
-def requeue(opened: optuna.Study, failed=True, dead=lambda trial: False) -> list:
+def requeue(opened: optuna.Study, study=None, failed=True, dead=lambda trial: False) -> list:
     """Queue again the runs that `failed`, and running ones whose trial is `dead`; their keys."""
-    lost = {}
-    for key, trial in trials_with_runs(opened):
+    lost, trials = {}, trials_with_runs(opened, study)
+    for key, trial in trials:
         if trial.state == TrialState.RUNNING and dead(trial):
             with contextlib.suppress(*FINISHED):  # another worker was first
                 opened.tell(trial.number, state=TrialState.FAIL)
-                lost[key] = trial.user_attrs["settings"]
+                lost[key] = trial
         elif failed and trial.state == TrialState.FAIL:
-            lost[key] = trial.user_attrs["settings"]
-    return [key for key, settings in lost.items() if queue(opened, key, settings)]
+            lost[key] = trial
+    there = {key for key, t in trials if t.state in TAKEN and lost.get(key) is not t}
+    again = {key: t for key, t in lost.items() if key not in there}
+    for key, trial in again.items():
+        queue(opened, key, trial.user_attrs["settings"])
+    return list(again)
 
 
 def objective(trial: optuna.Trial, trackers=()) -> float:
     """Train one run, or go on with it: best validation accuracy; keeps history and manifest."""
     opened, kept = trial.study, trial.user_attrs
-    if "key" not in kept or min(numbers_of_run(opened, kept), default=0) < trial.number:
+    same = lambda other: all(kept.get(name) == other[name] for name in ("key", "settings"))
+    others = [t for _, t in trials_with_runs(opened) if t.state in TAKEN and same(t.user_attrs)]
+    if "key" not in kept or any(t.number < trial.number for t in others):
         raise optuna.TrialPruned("nothing left to run, or two machines queued this run")
     trial.set_user_attr("worker", (socket.gethostname(), os.getpid(), trial.number))
-    report = lambda row: trial.report(row["val_accuracy"], row["epoch"])
+    tell = lambda row: trial.report(row["val_accuracy"], row["epoch"])
     try:
         settings, folder = kept["settings"], folder_of(opened.study_name, kept["key"])
         split = load(settings["dataset"], settings.get("val"))
-        run = cli.start(settings, split, folder, trackers, on_epoch=report)
+        run = cli.start(settings, split, folder, trackers, on_epoch=tell)
     except Exception as error:
         trial.set_user_attr("error", f"{type(error).__name__}: {error}")
         raise
@@ -151,12 +147,17 @@ def work(opened: optuna.Study, heartbeat: int = 30, trackers=()) -> None:
 
     def unborn(trial):  # its worker died before its first heartbeat
         silent = (datetime.now() - trial.datetime_start).total_seconds() > MISSED * heartbeat
-        return silent and trial.user_attrs.get("worker", [None])[-1] != trial.number
+        # (host, process, number) of the last try; versions before had a time for the number
+        mark = trial.user_attrs.get("worker", [-1])[-1]
+        return silent and isinstance(mark, int) and mark != trial.number
 
     while states := OPEN & {trial.state for _, trial in trials_with_runs(opened)}:
         if TrialState.WAITING in states:
-            with contextlib.suppress(*FINISHED):  # silent for too long: it was given to another
+            try:
                 opened.optimize(lambda t: objective(t, trackers), n_trials=1, catch=(Exception,))
+            except FINISHED as error:  # silent for too long: the run was given to another worker
+                if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+                    raise
         elif isinstance(opened._storage, JournalStorage):
             return  # no heartbeat: nobody would know
         else:
@@ -179,38 +180,23 @@ def results(opened: optuna.Study, study: Study) -> dict:
     return found
 
 
-@dataclass(frozen=True)
-class Command:
-    """Run a study; the same command again, here or on another machine, goes on with it."""
-
-    file: tyro.conf.Positional[str]  # study file (YAML)
-    workers: int = 2  # processes on this machine; 0 only queues the runs, requeues, and sums up
-    threads: int | None = None  # threads of each; default: the cores are shared out
-    # sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; default: sqlite in runs/
-    storage: str | None = None
-    requeue: bool = False  # first queue again what has failed
-    # the same, and all that is said to run: when you know that its workers are gone
-    requeue_all: bool = False
-    # seconds between two signs of life; after four without one, a run is queued again
-    heartbeat: int = 30
-    trackers: tuple[str, ...] = ()  # "tensorboard", "mlflow", "wandb" or "trackio"
-
-
-def run(command: Command) -> None:
+def run(command: StudyCommand) -> None:
     """Check everything, queue what is left, work, and print what came of it."""
     params.whole(0)("workers", command.workers)
     params.whole(1)("heartbeat", command.heartbeat)
     params.optional(params.whole(1))("threads", command.threads)
     study, workers = read_study(command.file), command.workers
-    runs.check_trackers(command.trackers)
+    report.check_trackers(command.trackers)
     for settings in study.runs.values() if workers else ():
         load(settings["dataset"], settings.get("val"))  # downloads once, before workers would
     opened = open_study(study, command.storage, command.heartbeat)
     if command.requeue or command.requeue_all:
-        again = requeue(opened, dead=lambda trial: command.requeue_all)
+        again = requeue(opened, study, dead=lambda trial: command.requeue_all)
         print("queued again:", ", ".join(again) or "nothing")
     if workers == 1:
-        torch.set_num_threads(command.threads or torch.get_num_threads())
+        if command.threads:
+            torch.set_num_threads(command.threads)
+            os.environ["OMP_NUM_THREADS"] = str(command.threads)  # a choice, which `fit` keeps
         work(opened, command.heartbeat, command.trackers)
     elif workers:
         start_workers(command)
@@ -222,11 +208,12 @@ def run(command: Command) -> None:
             print(f"  {key} failed: {done['error']} (--requeue runs it again)")
 
 
-def start_workers(command: Command) -> None:
+def start_workers(command: StudyCommand) -> None:
     """Processes of this machine that work on a study whose runs are queued; waits for them."""
     words = str(Path(command.file).resolve()), command.storage, command.heartbeat, command.trackers
     threads = command.threads or max(1, train.CORES // command.workers)
-    settings = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    settings = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=paths)
     call = [sys.executable, "-c", f"from common import sweep; sweep.worker_main{words!r}"]
     started = [subprocess.Popen(call, env=os.environ | settings) for _ in range(command.workers)]
     try:
@@ -245,6 +232,6 @@ def worker_main(file: str, storage, heartbeat: int, trackers) -> None:
 
 if __name__ == "__main__":
     try:
-        run(tyro.cli(Command, prog="python -m common.sweep"))
+        run(tyro.cli(StudyCommand, prog="python -m common.sweep"))
     except WorkbookError as error:
         sys.exit(f"error: {error}")

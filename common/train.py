@@ -1,15 +1,13 @@
 """How does a network learn? One plain loop on accelerate, which resumes exactly."""
 
-import ctypes
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import platform
 import time
 from pathlib import Path
 
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -25,9 +23,7 @@ from common.data import Loader, Split
 from common.evaluate import evaluate
 from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer
 
-CORES = chosen_threads = torch.get_num_threads()  # what torch, and `set_threads`, took last
-LINE = "{name} epoch {epoch:3d}/{epochs}  lr {lr:.4f}  loss {train_loss:.3f}  train "
-LINE += "{train_accuracy:.2%}  val {val_accuracy:.2%}  {seconds:.0f} s"
+CORES = torch.get_num_threads()  # what torch takes where nothing is set
 
 
 def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, every=1):
@@ -45,19 +41,26 @@ def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch
     for row in state["history"] if on_epoch else ():
         on_epoch(row)
     if not state["finished"]:
-        learner = Learner(model, split, config, folder)
-        learner.begin(state)
-        while not state["finished"]:
-            row = learner.epoch(on_grad)
-            learner.record(state, row)
-            if state["finished"] or row["epoch"] % every == 0:
-                learner.save(state)
-            line = LINE.format(name=folder.name, epochs=config.epochs, **row)
-            learner.accelerator.print(line, flush=True)
-            if on_epoch:
-                on_epoch(row)
-        model = learner.finish()
+        with idle_threads(folder):
+            learner = Learner(model, split, config, folder)
+            learner.begin(state)
+            while not state["finished"]:
+                row = learner.epoch(on_grad)
+                learner.record(state, row)
+                if state["finished"] or row["epoch"] % every == 0:
+                    learner.save(state)
+                learner.accelerator.print(line(folder.name, row, config.epochs), flush=True)
+                if on_epoch:
+                    on_epoch(row)
+            model = learner.finish()
     return runs.result(folder, model, state)
+
+
+def line(name: str, row: dict, epochs: int) -> str:
+    """What is printed of an epoch."""
+    accuracies = f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}"
+    rates = f"lr {row['lr']:.4f}  loss {row['train_loss']:.3f}"
+    return f"{name} epoch {row['epoch']:3d}/{epochs}  {rates}  {accuracies}  {row['seconds']:.0f} s"
 
 
 class Learner:
@@ -68,8 +71,7 @@ class Learner:
         self.gammas = slimming.trained_gammas(model) if config.lam else []
         named = dict(model.named_parameters())
         self.watched = named[choose("parameter", config.watch, named)] if config.watch else None
-        keep_freed_memory()
-        set_threads(folder)
+        runs.keep_freed_memory()
         AcceleratorState._reset_state()  # so that a second run may choose another precision
         precision = native_precision(config.precision, model)
         self.notes = dict(commit=runs.commit(), precision=precision)
@@ -83,10 +85,13 @@ class Learner:
         self.net, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def begin(self, state: dict) -> None:
-        """Go on where a saved state ends; try now whether the folder can be written."""
+        """Go on where a saved state ends; try now whether the folder can be written, and shared."""
+        identity = {part: state[part] for part in ("config", "spec", "data")}
         if self.accelerator.is_main_process:
-            identity = {part: state[part] for part in ("config", "spec", "data")}
             write_file(self.folder / "config.json", json.dumps(identity, indent=1))
+        self.accelerator.wait_for_everyone()
+        if not (self.folder / "config.json").exists():
+            raise WorkbookError(f"{self.folder} is not that of the main process; share it")
         for key, value in self.notes.items():
             known = state[key].split(", ") if key in state else []  # it may go on elsewhere
             state[key] = ", ".join(dict.fromkeys([*known, value]))
@@ -180,13 +185,16 @@ def train_epoch(learner: Learner, on_grad=None) -> dict:
 
 def backward(learner: Learner, x, y, size: int, sums) -> None:
     """Gradients of a batch's mean loss, piece by piece; adds loss, correct answers, images."""
-    config = learner.config
-    for xs, ys in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
+    config, accelerator = learner.config, learner.accelerator
+    pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
+    for i, (xs, ys) in enumerate(pieces, 1):
         if size < 32:
             xs = F.interpolate(xs, size=size, mode="bilinear", antialias=True)
-        logits = learner.net(xs).float()
-        loss = F.cross_entropy(logits, ys, reduction="sum", label_smoothing=config.label_smoothing)
-        learner.accelerator.backward(loss / len(x))
+        # Processes may have different numbers of pieces: they meet in the last one alone.
+        with contextlib.nullcontext() if i == len(pieces) else accelerator.no_sync(learner.net):
+            logits, smoothing = learner.net(xs).float(), config.label_smoothing
+            loss = F.cross_entropy(logits, ys, reduction="sum", label_smoothing=smoothing)
+            accelerator.backward(loss / len(x))
         correct = (logits.argmax(1) == ys).sum()
         sums += torch.stack([loss.detach(), correct, xs.new_tensor(len(ys))])
 
@@ -205,53 +213,39 @@ def fit_in_memory(make_model, split: Split, config: TrainConfig, folder, **hooks
     `make_model()` gives a fresh model for each try. Batch size and recipe stay; only BatchNorm
     sees smaller pieces. A run in more pieces has its own folder, `<folder>-accumulate<n>`.
     """
-    try:
-        return fit(make_model(), split, config, folder, **hooks)
-    except RuntimeError as error:
-        if config.accumulate >= config.batch_size or not should_reduce_batch_size(error):
-            raise
-    clear_device_cache(garbage_collection=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # the next try's memory is to be measured
-    config = dataclasses.replace(config, accumulate=2 * config.accumulate)
-    print(f"memory ran out: each batch in {config.accumulate} pieces", flush=True)
-    first = str(folder).rpartition("-accumulate")[0] or folder
-    folder = f"{first}-accumulate{config.accumulate}"
-    return fit_in_memory(make_model, split, config, folder, **hooks)
+    first = folder = Path(folder)
+    while True:
+        try:
+            return fit(make_model(), split, config, folder, **hooks)
+        except RuntimeError as error:
+            if config.accumulate >= config.batch_size or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the next try's memory is to be measured
+        config = dataclasses.replace(config, accumulate=2 * config.accumulate)
+        folder = first.with_name(f"{first.name}-accumulate{config.accumulate}")
+        print(f"memory ran out: each batch in {config.accumulate} pieces", flush=True)
 
 
-def set_threads(folder: Path) -> None:
-    """Take as many threads as the run had, or as cores are idle; a number that was set wins."""
+@contextlib.contextmanager
+def idle_threads(folder: Path):
+    """As many threads as the run had, or as cores are idle; another number that was set wins."""
     # With one for every core, each step waits for the thread that stands beside a busy process.
-    global chosen_threads
-    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != chosen_threads:
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != CORES:
+        yield
         return
-    if (folder / "run.json").exists():
+    idle = runs.idle_cores()
+    threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
+    with contextlib.suppress(WorkbookError):
         began = runs.load_manifest(folder)["machine"]["threads"]
-        threads, why = min(began, CORES), "as this run began"
-    else:
-        idle = idle_cores()
-        threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
-    torch.set_num_threads(threads)
-    chosen_threads = threads
+        threads, why = min(CORES, began), "as this run began"
     print(f"threads: {threads}, {why} (OMP_NUM_THREADS sets another number)")
-
-
-def idle_cores(seconds: float = 0.5) -> float:
-    """Cores that no other process uses, as a mean over some time."""
-    own = psutil.Process()
-    own.cpu_percent()
-    idle = psutil.cpu_count() * (1 - psutil.cpu_percent(interval=seconds) / 100)
-    return idle + own.cpu_percent() / 100
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: handing it back and faulting it in costs 10-20 % on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, which some versions allow up to 32 MB; M_TRIM_THRESHOLD
-        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
-            libc.mallopt(-1, 2**31 - 1)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(CORES)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from common import ROOT
 
 # From top to bottom; a room imports only rooms of lower rows.
@@ -23,7 +24,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 116_000  # all rooms but models/
+BYTES = 117_600  # all rooms but models/
 
 
 def room_of(path):
