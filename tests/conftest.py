@@ -5,6 +5,7 @@ import tempfile
 
 import pytest
 import torch
+
 from common.data import Images, Split, load
 from common.models import MODELS, build
 

@@ -10,10 +10,11 @@ import io
 import json
 
 import torch
+from PIL import Image
+
 from common import write_file
 from common.data import Images, load
 from common.sources import SAMPLE
-from PIL import Image
 
 
 def first(images: Images, per_class: int) -> Images:

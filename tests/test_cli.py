@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from common import ROOT, cli
+
+from common import ROOT, WorkbookError, cli
 
 SMALL = "--model resnet17 --width 8 --dataset cifar10-sample --epochs 2 --batch-size 100 --lr 0.02 --augment flip crop:2"
 
@@ -95,3 +96,52 @@ def test_two_processes_learn_what_one_learns(runs):
     # Chance is 10 %, and 500 validation images tell apart differences of about 6 points.
     assert min(one["best"]["val_accuracy"], two["best"]["val_accuracy"]) > 0.2
     assert abs(one["best"]["val_accuracy"] - two["best"]["val_accuracy"]) < 0.06
+
+
+def test_options_reach_the_training(runs, monkeypatch):
+    """A checkpoint every few epochs, a tracker, the validation images: what was asked for happens."""
+    pytest.importorskip("tensorboard")
+    saved = []
+    save = cli.train.runs.save_run
+    monkeypatch.setattr(cli.train.runs, "save_run", lambda *rest: saved.append(1) or save(*rest))
+    small = SMALL.replace("--epochs 2", "--epochs 3").split()
+    cli.main([*small, "--run", "one", "--every", "2", "--trackers", "tensorboard"])
+    assert len(saved) == 2, "after the second epoch and at the end"
+    assert list((runs / "one").rglob("events.out.tfevents*"))
+    asked = []
+
+    def stop(*words):
+        asked.append(words)
+        raise WorkbookError("far enough")
+
+    monkeypatch.setattr(cli.data, "load", stop)
+    with pytest.raises(SystemExit):
+        cli.main(["--val", "1000"])
+    assert asked == [("cifar10", 1000)]
+
+
+def test_two_processes_have_the_same_weights(runs):
+    """Gradients are exchanged: after a training both processes hold the same parameters, bit by bit."""
+    script = runs / "script.py"
+    script.write_text(
+        "import os, torch\n"
+        "from common import augment, config, data, models, train\n"
+        "from accelerate import PartialState\n"
+        "state = PartialState(cpu=True)\n"
+        "s = data.load('cifar10-sample')\n"
+        "s = data.Split(s.train[:200], s.val[:40], s.test[:40], s.spec, s.class_names)\n"
+        "model = models.fresh('resnet17', 0, augment.normalise(s.train.x, s.spec), width=4)\n"
+        "settings = config.TrainConfig(epochs=2, batch_size=50, lr=0.05, accumulate=2, select='last', precision='no')\n"
+        "learner = train.Learner(model, s, settings, train.Path(os.environ['RUNS_DIR']) / 'run')\n"
+        "for _ in range(2):\n"
+        "    train.train_epoch(learner)\n"
+        "weights = torch.cat([p.detach().flatten().double() for p in model.parameters()])\n"
+        "print(f'WEIGHTS {float(weights.sum()):.17g} {float(weights.square().sum()):.17g}', flush=True)\n"
+    )
+    port = os.getpid() % 20000 + 40000
+    words = f"-m torch.distributed.run --nproc_per_node 2 --master_port {port} {script}"
+    own = dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", RUNS_DIR=str(runs), PYTHONPATH=str(ROOT))
+    result = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, env=os.environ | own)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = [line for line in result.stdout.splitlines() if line.startswith("WEIGHTS")]
+    assert len(found) == 2 and found[0] == found[1]

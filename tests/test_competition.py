@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from common import WorkbookError, competition, evaluate
 from common.data import Images
 from common.models import build

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import ROOT, WorkbookError, augment, competition, data, sources
-from common.data import Images, Loader
 from PIL import Image
+
+from common import ROOT, WorkbookError, augment, competition, data, evaluate, runs, sources
+from common.data import Images, Loader
 
 
 def fake_cifar(classes=10, per_class=(5000, 1000)):
@@ -109,6 +110,30 @@ def test_corrupted_npz_is_named_and_kept(tmp_path):
 def test_unknown_dataset_is_named():
     with pytest.raises(WorkbookError, match="cifar10-sample"):
         data.load("cifar11")
+
+
+def test_no_image_is_in_two_parts_and_none_is_lost(tiny_cifar, tmp_path):
+    """Every training image has a number in its first two pixels; the parts hold each once, with its label."""
+    arrays = {key: value.copy() if key[0] == "x" else value for key, value in tiny_cifar.items()}
+    arrays["x_train"][:, 0, 0, 0], arrays["x_train"][:, 0, 1, 0] = np.divmod(np.arange(200), 256)
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    split = data.load("cifar10", val=30, folder=tmp_path)
+    numbers = lambda part: (part.x[:, 0, 0, 0].long() * 256 + part.x[:, 0, 0, 1].long()).tolist()
+    assert sorted(numbers(split.train) + numbers(split.val)) == list(range(200))
+    for part in (split.train, split.val):
+        assert part.y.tolist() == [int(arrays["y_train"][n]) for n in numbers(part)]
+    both = data.all_training(split)
+    assert sorted(numbers(both.train)) == list(range(200)) and numbers(both.val) == numbers(split.val)
+    assert both.train.y.tolist() == [int(arrays["y_train"][n]) for n in numbers(both.train)]
+
+
+def test_labels_belong_to_their_images(sample):
+    """The shipped network, trained on all of CIFAR-10, knows the sample's test images by their names."""
+    model = runs.load_model(ROOT / "common" / "weights" / "fastnet_sparse.pt")
+    assert evaluate.evaluate(model, sample.test, sample.spec)["accuracy"] > 0.85
+    # The official order of the names; frogs are green or brown, ships stand on blue.
+    assert sample.class_names == data.NAMES
+    assert (data.NAMES[0], data.NAMES[3], data.NAMES[5], data.NAMES[9]) == ("airplane", "cat", "dog", "truck")
 
 
 def test_download_is_cached(tiny_cifar, tmp_path, monkeypatch):
@@ -225,6 +250,59 @@ def test_cutout_blanks_at_most_one_square(sample):
     assert int(rows.max()) <= 8 and int(columns.max()) <= 8
 
 
+@pytest.mark.parametrize("size", (1, 2, 5, 8, 16))
+def test_cutout_has_its_size(size):
+    """Of many images some have their square wholly inside: none has more blanked pixels than size², and some that."""
+    white = torch.full((400, 3, 32, 32), 255, dtype=torch.uint8)
+    blanked = (augment.cutout(white, torch.Generator().manual_seed(0), size) != 255).any(1)
+    assert int(blanked.sum((1, 2)).max()) == size * size
+    assert int(blanked.any(2).sum(1).max()) == int(blanked.any(1).sum(1).max()) == size
+
+
+@pytest.mark.parametrize("percent", (0, 10, 50, 100))
+def test_flip_mirrors_its_share(percent, sample):
+    x = sample.train.x[:1000]
+    mirrored = (augment.flip(x, torch.Generator().manual_seed(0), percent) != x).flatten(1).any(1).float().mean()
+    assert mirrored == pytest.approx(percent / 100, abs=0.05)
+
+
+def test_crop_shifts_along_both_sides(sample):
+    """The shifts of many images: every one of -2 to 2 in each direction, as often."""
+    image = torch.arange(32 * 32, dtype=torch.float).view(32, 32)
+    rows, columns = (image // 32).byte(), (image % 32).byte()
+    x = torch.stack([rows, columns, rows]).repeat(2000, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    out = augment.crop(x, torch.Generator().manual_seed(0), 2)[:, :, 16, 16].int() - 16
+    for channel in (0, 1):
+        counts = (out[:, channel] + 2).bincount()
+        assert len(counts) == 5 and counts.min() > 320
+    assert abs(float(torch.corrcoef(out[:, :2].T.float())[0, 1])) < 0.1
+
+
+def test_affine_turns_and_scales_within_its_limits():
+    """A disc of radius 8 in the middle: its area tells the scale, wherever it is turned to."""
+    at = torch.arange(32) - 15.5
+    disc = ((at[:, None] ** 2 + at**2) < 64).byte() * 255
+    x = disc.expand(500, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    out = augment.affine(x, torch.Generator().manual_seed(0), 30)[:, 0]
+    scale = (out.float().sum((1, 2)) / disc.float().sum()).sqrt()
+    assert 0.88 < scale.min() < 0.94 and 1.06 < scale.max() < 1.14
+
+
+def test_colour_changes_brightness_contrast_and_saturation_apart():
+    """Two halves of two colours: what each of the three factors changes, it alone."""
+    x = torch.zeros(500, 3, 8, 8, dtype=torch.uint8)
+    x[:, 0, :, :4], x[:, 1], x[:, 2, :, 4:] = 120, 100, 80
+    out = augment.colour(x, torch.Generator().manual_seed(0), 30).float()
+    mean = out.mean((1, 2, 3))
+    grey = out.mean(1)
+    contrast = (grey[:, 0, 0] - grey[:, 0, 7]) / mean
+    saturation = (out[:, :, 0, 0] - grey[:, 0, :1]).abs().sum(1) / grey[:, 0, 0]
+    for quantity in (mean, contrast, saturation):
+        assert quantity.max() / quantity.min() > 1.5
+    pairs = torch.corrcoef(torch.stack([mean, contrast]))
+    assert abs(float(pairs[0, 1])) < 0.25
+
+
 def test_alternating_flip_shows_both_sides_in_two_epochs(sample):
     loader = Loader(sample.train[:64], sample.spec, 16, ("altflip",), seed=1)
     seen = []
@@ -285,6 +363,13 @@ def test_transparent_is_white_and_turned_pictures_are_turned_back(tmp_path):
     upright.rotate(180).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     x = competition.read_picture(tmp_path / "turned.jpg").float().mean((0, 1, 3))
     assert x[:14].min() > 200 and x[18:].max() < 50
+
+
+def test_a_picture_is_shown_by_its_middle(tmp_path):
+    wide = Image.new("RGB", (300, 100), "black")
+    wide.paste("white", (100, 0, 200, 100))
+    wide.save(tmp_path / "wide.png")
+    assert int(competition.read_picture(tmp_path / "wide.png").min()) == 255
 
 
 def test_no_picture_is_named(tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+
 from common import measure
 from common.models import build
-
 from tests.conftest import warmed
 
 
@@ -63,3 +63,11 @@ def test_pflops_count_low_resolution_epochs_cheaper():
     assert measure.pflops(model, 1000, 4, 0.5) == pytest.approx(6e-15 * 2000 * (measure.macs(model) + measure.macs(model, 24)))
     assert measure.macs(model, 24) < 0.6 * measure.macs(model)
     assert measure.pflops(model, 1000, 4, 0.5, done=3) == pytest.approx(measure.pflops(model, 1000, 4, 0.5) - whole / 4)
+
+
+def test_latency_runs_the_model_on_a_batch_of_its_size():
+    seen = []
+    model = torch.nn.Conv2d(3, 1, 1)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    measure.latency(model, batch_size=64, repeats=3, warmup=2)
+    assert seen == [(64, 3, 32, 32)] * 5

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+
 from common import WorkbookError
 from common.augment import normalise
 from common.measure import macs, params
 from common.models import MODELS, build, fresh, pytorch_init
+from common.models.groups import Whiten
 from common.models.mobilenet import ACTIVATIONS
 
 PARAMETERS = dict(resnet50=23_513_162, resnet18=11_173_962, resnet56=591_322, vgg16=14_724_042, vgg19=20_035_018)
@@ -133,3 +135,38 @@ def test_whitened_stem_decorrelates_patches(sample):
 
 def test_registry_names_the_functions():
     assert all(name == function.__name__ for name, function in MODELS.items())
+
+
+def convolutions(model):
+    inside = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and not isinstance(m, Whiten)]
+    return [conv for conv in inside if conv.weight.numel() > 2000]
+
+
+@pytest.mark.parametrize("name,width", (("resnet18", 16), ("resnet17", 16), ("seresnet44", 16)))
+def test_residual_networks_start_as_kaiming_says(name, width):
+    """Weights of mean square 2 / (outputs × kernel size), as He et al. (2015) derive for ReLU."""
+    for conv in convolutions(build(name, width=width)):
+        fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        assert float(conv.weight.detach().square().mean() * fan_out) == pytest.approx(2, rel=0.15)
+
+
+def test_zero_last_makes_every_block_its_shortcut():
+    """Lab 2's network: at the start the last BatchNorm of each block has gamma 0."""
+    last = [getattr(block, f"bn{block.depth}").weight for block in build("resnet17", width=8).blocks]
+    assert all(bool((gamma == 0).all()) for gamma in last)
+    last = [getattr(block, f"bn{block.depth}").weight for block in build("resnet18", width=8).blocks]
+    assert all(bool((gamma == 1).all()) for gamma in last)
+
+
+@pytest.mark.parametrize("name", ("resnet18", "seresnet44", "fastnet"))
+def test_dropout_acts_in_training_alone(name):
+    x, passes = torch.randn(2, 3, 32, 32), {}
+    for p in (0.0, 0.5):
+        model = build(name, width=8, dropout=p)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        with torch.no_grad():
+            passes[p] = torch.equal(model(x), model(x))
+            assert torch.equal(model.eval()(x), model(x))
+    assert passes == {0.0: True, 0.5: False}

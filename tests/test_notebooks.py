@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+
 from common import ROOT
 
 NOTEBOOKS = sorted(str(p.relative_to(ROOT)) for d in ("Lab1", "Lab2", "Assignment_MobileNet") for p in (ROOT / d).glob("*.ipynb"))

@@ -6,6 +6,7 @@ import types
 
 import matplotlib.pyplot as plt
 import pytest
+
 from common import WorkbookError, params, report, runs
 from common.config import TrainConfig
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from common import ROOT
 
 REPORTS = sorted((ROOT / "reports").glob("*.md")) + [ROOT / "README.md"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning
+
 from common import WorkbookError, slimming
 from common.augment import normalise
 from common.data import Loader
-
 from tests.conftest import warmed
 
 KINDS = ("inner", "coupled")
@@ -179,3 +179,40 @@ def test_penalties_do_what_the_formulas_say():
     slimming.shrink(values, 0.5)
     assert all(torch.allclose(v, (b.abs() - 0.5).clamp(min=0) * b.sign()) for v, b in zip(values, before))
     assert any((v == 0).any() for v in values)
+
+
+def test_taylor_is_the_squared_first_order_change_of_the_loss(x, sample):
+    """Against a small step: the loss with a channel's gamma and beta shrunk by a thousandth."""
+    model, y = warmed("resnet17", width=4).double(), sample.test.y[:8]
+    group = model.groups()[1]
+    score = slimming.scores(model, "taylor", batches=[(x.double(), y)])[group.name]
+    norm = model.get_submodule(group.norm[0])
+    loss = lambda: float(F.cross_entropy(model(x.double()), y))
+    with torch.no_grad():
+        before = loss()
+        for channel in range(4):
+            kept = norm.weight[channel].item(), norm.bias[channel].item()
+            norm.weight[channel] *= 0.999
+            norm.bias[channel] *= 0.999
+            change = (before - loss()) / 0.001
+            norm.weight[channel], norm.bias[channel] = kept
+            assert float(score[channel]) == pytest.approx(change**2, rel=0.05, abs=1e-9)
+
+
+def test_gamma_over_mean_is_gamma_over_its_mean():
+    model = warmed("resnet17", width=8)
+    gammas, shares = slimming.scores(model), slimming.scores(model, "gamma/mean")
+    for name, gamma in gammas.items():
+        assert torch.allclose(shares[name], gamma / gamma.mean()) and shares[name].std() > 0.1
+
+
+def test_folding_into_a_classifier_is_exact(x):
+    """VGG's last convolution is read by a linear layer with a bias: relu(beta) goes there, with its sign."""
+    model = warmed("vgg16")
+    group = model.groups()[-1]
+    masks = {group.name: torch.arange(512) % 2 == 0}
+    constant = slimming.apply_masks(model, masks, keep_beta=True)
+    folded = slimming.slim(slimming.fold_bias(model, masks, x), masks)
+    with torch.no_grad():
+        spread = float((constant(x) - slimming.apply_masks(model, masks)(x)).abs().max())
+        assert float((folded(x) - constant(x)).abs().max()) < 1e-3 * spread

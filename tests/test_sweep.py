@@ -12,8 +12,9 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from common import ROOT, WorkbookError, config, sweep
 from optuna.trial import TrialState
+
+from common import ROOT, WorkbookError, config, sweep
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STUDY = dict(
@@ -65,6 +66,22 @@ def test_every_run_once_and_never_again(runs, tmp_path):
     again = sweep.open_study(study)
     sweep.work(again)
     assert states(again) == [TrialState.COMPLETE] * 4
+
+
+def test_every_seed_has_first_weights_of_its_own_and_its_data(runs, tmp_path, monkeypatch):
+    asked, load = [], sweep.load
+    monkeypatch.setattr(sweep, "load", lambda *words: asked.append(words) or load(*words))
+    study = config.read_study(write(tmp_path, configurations=dict(still=dict(lr=0.0, weight_decay=0.0)), **base(val=500)))
+    sweep.work(sweep.open_study(study))
+    first, second = (sweep.runs.digest(sweep.runs.load_model(sweep.folder_of("small", f"still/{seed}"))) for seed in (0, 1))
+    assert first != second
+    assert asked == [("cifar10-sample", 500)] * 2
+
+
+def test_heartbeats_are_what_was_asked_for(runs, tmp_path):
+    storage = sweep.open_study(config.read_study(write(tmp_path)), heartbeat=7)._storage
+    inner = getattr(storage, "_backend", storage)
+    assert inner.heartbeat_interval == 7 and inner.grace_period == 7 * sweep.MISSED
 
 
 def test_a_file_that_grew_adds_its_new_runs(runs, tmp_path):
@@ -132,7 +149,7 @@ def test_paths_of_storages_begin_at_the_repository(kind, runs, tmp_path, monkeyp
 def test_a_mistake_on_the_command_line_queues_nothing(runs, tmp_path):
     path = write(tmp_path)
     with pytest.raises(WorkbookError, match="unknown tracker 'tensorbord'"):
-        sweep.run(sweep.Command(str(path), workers=1, trackers=("tensorbord",)))
+        sweep.run(sweep.StudyCommand(str(path), workers=1, trackers=("tensorbord",)))
     assert not sweep.open_study(config.read_study(path), enqueue=False).get_trials()
 
 
@@ -367,7 +384,7 @@ def test_command_runs_a_study_with_two_workers(runs, tmp_path):
     assert len(list(runs.rglob("events.out.tfevents*"))) >= 2
     for words in (("--workers", "-1"), ("--heartbeat", "0"), ("--threads", "0")):
         with pytest.raises(WorkbookError, match=f"{words[0][2:]}={words[1]} is not legal"):
-            sweep.run(sweep.Command(str(path), **{words[0][2:]: int(words[1])}))
+            sweep.run(sweep.StudyCommand(str(path), **{words[0][2:]: int(words[1])}))
     bad = subprocess.run(
         [sys.executable, "-m", "common.sweep", str(write(tmp_path, **base(lrr=1)))], cwd=ROOT, capture_output=True, text=True
     )

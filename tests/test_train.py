@@ -1,6 +1,7 @@
 """Training: exact resumption, load-or-train, schedules, optimizers, checkpoints that cannot harm."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -13,9 +14,10 @@ import time
 
 import pytest
 import torch
-from common import ROOT, WorkbookError, evaluate, measure, optim, runs, slimming, train
+
+from common import ROOT, WorkbookError, augment, evaluate, measure, optim, report, runs, slimming, train
 from common.config import OPTIMIZERS, SCHEDULES, TrainConfig, native_precision
-from common.data import Loader
+from common.data import Images, Loader, Split
 from common.models import build
 from common.optim import lr_factor
 from common.train import fit
@@ -263,7 +265,7 @@ def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
 
 
 def tracked_fit(tracker, split, folder, then=None):
-    with runs.tracked((tracker,), folder / "run", CONFIG, then) as hook:
+    with report.tracked((tracker,), folder / "run", CONFIG, then) as hook:
         return fit(network(), split, CONFIG, folder / "run", on_epoch=hook)
 
 
@@ -443,7 +445,7 @@ def test_illegal_settings(wrong):
 def test_unknown_and_missing_trackers_are_named(small, tmp_path, monkeypatch):
     with pytest.raises(WorkbookError, match="tensorboard"):
         tracked_fit("tensorbored", small, tmp_path)
-    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WorkbookError, match="pip install mlflow"):
         tracked_fit("mlflow", small, tmp_path)
 
@@ -509,48 +511,220 @@ def free_threads(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(train, "CORES", 4)
-    monkeypatch.setattr(train, "chosen_threads", 4)
     torch.set_num_threads(4)
     yield monkeypatch
     torch.set_num_threads(before)
 
 
 def busy(monkeypatch, cores):
-    monkeypatch.setattr(train, "idle_cores", lambda: 4 - cores)
+    monkeypatch.setattr(runs, "idle_cores", lambda: 4 - cores)
 
 
 @pytest.mark.parametrize("cores,threads", ((-60, 4), (0, 4), (0.3, 4), (1, 3), (2, 2), (3, 1), (4, 1)))
 def test_a_training_takes_as_many_threads_as_cores_are_idle(cores, threads, free_threads, tmp_path, capsys):
     busy(free_threads, cores)
-    train.set_threads(tmp_path)
-    assert torch.get_num_threads() == threads
-    assert f"threads: {threads}, " in capsys.readouterr().out
-
-
-def test_the_next_training_looks_again(free_threads, tmp_path):
-    for cores, threads in ((3, 1), (0, 4), (2, 2)):
-        busy(free_threads, cores)
-        train.set_threads(tmp_path)
+    with train.idle_threads(tmp_path):
         assert torch.get_num_threads() == threads
+    assert f"threads: {threads}, " in capsys.readouterr().out and torch.get_num_threads() == 4, "as it was before"
 
 
 def test_a_number_of_threads_that_was_set_wins(free_threads, tmp_path, capsys):
     busy(free_threads, 4)
     torch.set_num_threads(3)
-    train.set_threads(tmp_path)
-    assert torch.get_num_threads() == 3
+    with train.idle_threads(tmp_path):
+        assert torch.get_num_threads() == 3
     torch.set_num_threads(4)
     free_threads.setenv("OMP_NUM_THREADS", "4")
-    train.set_threads(tmp_path)
-    assert torch.get_num_threads() == 4 and not capsys.readouterr().out
+    with train.idle_threads(tmp_path):
+        assert torch.get_num_threads() == 4 and not capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_its_threads(small, free_threads, tmp_path):
     busy(free_threads, 2)
     with pytest.raises(Stop):
         fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
+    assert torch.get_num_threads() == 4, "also after an exception"
     busy(free_threads, 0)
-    train.set_threads(tmp_path)
-    assert torch.get_num_threads() == 4
-    resumed = fit(network(), small, CONFIG, tmp_path / "run")
-    assert torch.get_num_threads() == 2 and resumed.manifest["machine"]["threads"] == 2
+    assert fit(network(), small, CONFIG, tmp_path / "run").manifest["machine"]["threads"] == 2
+
+
+def test_a_damaged_manifest_does_not_keep_a_run_from_going_on(small, free_threads, tmp_path):
+    busy(free_threads, 2)
+    with pytest.raises(Stop):
+        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert fit(network(), small, CONFIG, tmp_path / "run").manifest["finished"]
+
+
+def test_a_refused_run_keeps_what_trackers_have_of_it(small, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(Stop), report.tracked(("tensorboard",), tmp_path / "run", CONFIG, stop_after(1)) as hook:
+        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=hook)
+    files = sorted((tmp_path / "run").rglob("events.out.tfevents*"))
+    other = dataclasses.replace(CONFIG, lr=0.3)
+    with pytest.raises(WorkbookError, match="lr"), report.tracked(("tensorboard",), tmp_path / "run", other) as hook:
+        fit(network(), small, other, tmp_path / "run", on_epoch=hook)
+    assert sorted((tmp_path / "run").rglob("events.out.tfevents*")) == files
+    with report.tracked(("tensorboard",), tmp_path / "run", CONFIG) as hook:
+        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=hook)
+    log = events.EventAccumulator(str(tmp_path / "run" / "run")).Reload()
+    assert [event.step for event in log.Scalars("val_accuracy")] == [1, 2, 3], "each epoch once, though two files have it"
+
+
+CHANGES = dict(
+    epochs=1, batch_size=20, optimizer="sgd", lr=0.05, lr_other=0.3, lr_gamma=0.5, lr_bias=2.0, momentum=0.5,
+    momentum_other=0.1, weight_decay=0.05, decay_bias=True, schedule="constant", warmup=1.0, milestones=(0.25,),
+    label_smoothing=0.3, augment=("flip",), low_res=0.7, low_sizes=(20,), accumulate=3, clip=0.01, precision="bf16",
+    lam=0.05, penalty="proximal", seed=1,
+)  # fmt: skip
+# Settings that only act beside others.
+BESIDE = dict(milestones=dict(schedule="steps"), low_sizes=dict(low_res=0.5), penalty=dict(lam=0.05))
+
+
+def after(small, folder, **changes):
+    """Digest of the last weights of two epochs, of a network with everything a setting could act on."""
+    settings = dict(epochs=2, optimizer="muon", lr=0.1, momentum=0.6, augment=("crop:2",), precision="no", select="last")
+    config = TrainConfig(**{"batch_size": 30, **settings, **changes})
+    return runs.digest(fit(network(), small, config, folder).model)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_no_setting_is_ignored(name, small, tmp_path):
+    """The same run but for one setting ends with other weights; without it, with the same, bit by bit."""
+    beside = BESIDE.get(name, {})
+    plain = [after(small, tmp_path / str(i), **beside) for i in range(2)]
+    assert plain[0] == plain[1]
+    assert after(small, tmp_path / "changed", **beside, **{name: CHANGES[name]}) != plain[0]
+
+
+def test_every_setting_is_tried_above():
+    others = {"select", "patience", "watch", "init"}  # tested by what they keep, stop, record and name
+    assert set(CHANGES) | others == set(dataclasses.asdict(TrainConfig()))
+
+
+def test_select_says_which_epoch_is_kept(small, tmp_path):
+    """Validation accuracies 0.1, 0.3, 0.2 in three epochs: the best is the second, the last the third."""
+    for select, epoch in (("best", 2), ("last", 3)):
+        config = dataclasses.replace(CONFIG, select=select, epochs=3)
+        learner = train.Learner(network(), small, config, tmp_path / select)
+        state = dict(history=[], best=None, seconds=0.0, finished=False)
+        for number, accuracy in enumerate((0.1, 0.3, 0.2), 1):
+            learner.model.fc.bias.data.fill_(number)
+            learner.record(state, dict(epoch=number, val_accuracy=accuracy, seconds=1.0))
+        assert state["best"]["epoch"] == epoch and state["best"]["state_dict"]["fc.bias"][0] == epoch
+        assert state["finished"] and state["seconds"] == 3
+
+
+def test_schedules_have_their_shapes():
+    at = lambda schedule, **options: [lr_factor(step, 100, 0, schedule, **options) for step in (0, 25, 50, 75)]
+    assert at("cosine") == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert at("linear") == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert at("steps", milestones=(0.25, 0.5)) == pytest.approx([1, 0.1, 0.01, 0.01])
+    assert at("constant") == [1] * 4
+
+
+def test_rates_follow_warm_up_and_schedule(small, tmp_path):
+    """The rate of every step, seen from inside: two epochs of four steps, one of them warm-up."""
+    seen = []
+    config = dataclasses.replace(CONFIG, epochs=2, warmup=1.0, schedule="linear", lr=0.4, optimizer="sgd")
+    learner = train.Learner(network(), small, config, tmp_path / "run")
+    for _ in range(2):
+        train.train_epoch(learner, lambda model: seen.append(learner.optimizer.param_groups[0]["lr"]))
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_training_loss_and_accuracy_are_means_over_images(small, tmp_path):
+    """With a rate of 0 in one batch, they are those of the network in train mode, smoothing included."""
+    config = TrainConfig(
+        epochs=1, batch_size=100, lr=0, augment=(), label_smoothing=0.2, weight_decay=0, precision="no", accumulate=4
+    )
+    model = network()
+    images = augment.normalise(small.train.x, small.spec)
+    loss = correct = 0.0
+    twin = copy.deepcopy(model).train()
+    # The order of the images decides which share a piece, and so BatchNorm's means.
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    for part in order.chunk(4):
+        logits = twin(images[part]).detach()
+        loss += float(torch.nn.functional.cross_entropy(logits, small.train.y[part], label_smoothing=0.2, reduction="sum"))
+        correct += float((logits.argmax(1) == small.train.y[part]).sum())
+    row = fit(model, small, config, tmp_path / "run").history[0]
+    assert row["train_loss"] == pytest.approx(loss / 100, rel=1e-4) and row["train_accuracy"] == correct / 100
+
+
+@pytest.mark.parametrize("tta", (0, 1, 2))
+def test_scores_agree_with_their_definitions(tta, small):
+    model = network().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)  # answers that differ between images
+    images = small.train
+    with torch.no_grad():
+        logits = evaluate.views(model, augment.normalise(images.x, small.spec), tta)
+    scores = evaluate.evaluate(model.train(), images, small.spec, batch_size=33, tta=tta)
+    assert not model.training
+    chosen = logits.gather(1, images.y[:, None])
+    assert scores["loss"] == pytest.approx(float((logits.logsumexp(1) - chosen[:, 0]).mean()), rel=1e-4)
+    better = (logits > chosen).sum(1)
+    assert scores["accuracy"] == pytest.approx(float((better == 0).float().mean()))
+    assert scores["top5"] == pytest.approx(float((better < 5).float().mean())) and scores["top5"] < 1
+    assert torch.allclose(evaluate.predict(model, images, small.spec, 33, tta), logits, atol=1e-4)
+
+
+def test_muon_orthogonalises_keeps_the_norm_and_looks_ahead():
+    """One step by hand, for a convolution: Nesterov's momentum, orthogonalised, from weights of norm sqrt(outputs)."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 8, 3, bias=False)
+    optimizer = optim.make_optimizer(conv, TrainConfig(optimizer="muon", lr=0.1, momentum=0.6, weight_decay=0.5))
+    w, buffer = conv.weight.detach().clone(), 0
+    for _ in range(2):
+        conv.weight.grad = torch.randn_like(conv.weight)
+        grad = conv.weight.grad.clone()
+        buffer = 0.6 * buffer + grad
+        update = optim.orthogonalise((grad + 0.6 * buffer).flatten(1)).view_as(w)
+        w = w * 8**0.5 / w.norm() - 0.1 * update
+        optimizer.step()
+        assert torch.allclose(conv.weight, w, atol=1e-5)
+    assert abs(float(torch.linalg.svdvals(update.flatten(1)).mean()) - 1) < 0.4
+
+
+def test_sgd_is_nesterov_with_decay_on_weights_alone():
+    """Two steps by hand; gammas, betas and biases do not decay."""
+    config = TrainConfig(lr=0.1, momentum=0.6, weight_decay=0.5)
+    for module, name, decay in (
+        (torch.nn.Linear(2, 2), "weight", 0.5), (torch.nn.Linear(2, 2), "bias", 0), (torch.nn.BatchNorm2d(2), "weight", 0),
+    ):  # fmt: skip
+        optimizer, p = optim.make_optimizer(module, config), getattr(module, name)
+        w, buffer = p.detach().clone(), 0
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            grad = 1 + decay * w
+            buffer = 0.6 * buffer + grad
+            w = w - 0.1 * (grad + 0.6 * buffer)
+            optimizer.step()
+        assert torch.allclose(p, w, atol=1e-6), name
+
+
+def test_dropout_differs_between_epochs_and_repeats_when_resumed(small, tmp_path):
+    drawn = []
+    learner = train.Learner(network(), small, dataclasses.replace(CONFIG, epochs=2), tmp_path / "run")
+    for _ in range(2):
+        train.train_epoch(learner, lambda model: drawn.append(float(torch.rand(1))))
+    learner.loader.epoch = 1
+    train.train_epoch(learner, lambda model: drawn.append(float(torch.rand(1))))
+    first, second, again = drawn[:4], drawn[4:8], drawn[8:]
+    assert first != second and second == again
+
+
+def test_identity_tells_data_apart_and_digest_weights(small):
+    other = Split(small.train[:99], small.val, small.test, small.spec, small.class_names)
+    turned = Split(Images(small.train.x, small.train.y.flip(0)), small.val, small.test, small.spec, small.class_names)
+    marks = [runs.identity(network(), split, CONFIG)["data"] for split in (small, other, turned)]
+    assert marks[0] != marks[1] and marks[0] != marks[2] and len(marks[0]["sha256"]) == 16
+    assert runs.digest(network()) == runs.digest(network()) != runs.digest(network(seed=1))
+
+
+def test_the_commit_is_that_of_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    head = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True)
+    assert head.startswith(runs.commit().removesuffix("+"))

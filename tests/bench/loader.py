@@ -8,10 +8,11 @@ import statistics
 import time
 
 import torch
-from common.data import Images, Loader, load
-from common.train import keep_freed_memory
 from PIL import Image
 from torchvision import transforms
+
+from common.data import Images, Loader, load
+from common.train import keep_freed_memory
 
 
 class PilImages(torch.utils.data.Dataset):

@@ -3,6 +3,7 @@
 import time
 
 import torch
+
 from common import models, report, train
 
 NETWORKS = (("fastnet", 64, 1000, 32), ("fastnet", 64, 1000, 24), ("resnet18", 16, 125, 32), ("mobilenet", 0.5, 128, 32))

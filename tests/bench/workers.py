@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+
 from common import ROOT, config, sweep
 
 
