@@ -77,8 +77,7 @@ def test_mistakes_end_in_one_line(runs, words, message):
 
 def test_two_processes_learn_what_one_learns(runs):
     """Two CPU processes (gloo), each with half of every batch; BatchNorm sees smaller batches, so only about the same."""
-    # Another free port than the default, which a second test run on this machine may be using.
-    launch = f"-m torch.distributed.run --nproc_per_node 2 --master_port {os.getpid() % 20000 + 20000} -m common.train"
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m common.train"  # on a free port
     paths = {}
     for words, name in ((launch, "two"), ("-m common.train", "one")):
         command = [sys.executable, *words.split(), *SMALL.replace("0.02", "0.05").split(), "--epochs", "5"]
@@ -141,8 +140,7 @@ def test_two_processes_have_the_same_weights(runs):
         "weights = torch.cat([p.detach().flatten().double() for p in model.parameters()])\n"
         "print(f'WEIGHTS {float(weights.sum()):.17g} {float(weights.square().sum()):.17g}', flush=True)\n"
     )
-    port = os.getpid() % 20000 + 40000
-    words = f"-m torch.distributed.run --nproc_per_node 2 --master_port {port} {script}"
+    words = f"-m torch.distributed.run --standalone --nproc_per_node 2 {script}"
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", RUNS_DIR=str(runs), PYTHONPATH=paths)
     how = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | own, timeout=300)
