@@ -31,7 +31,6 @@ class Command(TrainConfig):
     val: int | None = None  # images held out for validation; default: the data set's
     run: str | None = None  # name of the run's folder; default: <model>-<dataset>
     every: int = 1  # epochs between checkpoints
-    trackers: tuple[str, ...] = ()  # "tensorboard", "mlflow", "wandb" or "trackio"
     test: bool = False  # measure test accuracy at the end, when nothing is left to choose
 
 
@@ -49,17 +48,14 @@ class StudyCommand:
     requeue_all: bool = False
     # seconds between two signs of life; after four without one, a run is queued again
     heartbeat: int = 30
-    trackers: tuple[str, ...] = ()  # "tensorboard", "mlflow", "wandb" or "trackio"
 
 
-def start(settings: dict, split: data.Split, folder: Path, trackers=(), **hooks) -> runs.Run:
+def start(settings: dict, split: data.Split, folder: Path, **hooks) -> runs.Run:
     """`fit` for a run's flat settings, from fresh weights."""
     config, network = config_and_network(settings)
     x = normalise(split.train.x[:5000], split.spec)
     model = models.fresh(seed=config.seed, x=x, **network)
-    then = hooks.pop("on_epoch", None)
-    with report.tracked(trackers, folder, config, then) as hook:
-        return train.fit(model, split, config, folder, on_epoch=hook, **hooks)
+    return train.fit(model, split, config, folder, **hooks)
 
 
 def main(arguments=None) -> None:
@@ -79,7 +75,7 @@ def main(arguments=None) -> None:
         with state.local_main_process_first():  # one of them downloads
             split = data.load(command.dataset, command.val)
         folder = runs.folder(command.run or f"{command.model}-{command.dataset}")
-        run = start(settings, split, folder, command.trackers, every=command.every)
+        run = start(settings, split, folder, every=command.every)
         state.destroy_process_group()
         if not state.is_main_process:
             return

@@ -1,17 +1,11 @@
 """What was found? Tables, verdicts, reports and their index, each number with its manifest."""
 
-import contextlib
-import importlib.util
 import io
 import json
-import os
 import statistics
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from common import ROOT, WorkbookError, choose, params, runs, write_file
-from common.config import TrainConfig, as_json
+from common import ROOT, WorkbookError, params, runs, write_file
 from common.evaluate import evaluate
 from common.sources import SPECS
 
@@ -27,7 +21,6 @@ COLUMNS = {  # heading, format
 }
 # 97.5 % quantiles of Student's t, by degrees of freedom from …
 T95 = ((2, 4.30), (3, 3.18), (4, 2.78), (6, 2.45), (8, 2.31), (18, 2.10), (38, 2.02))
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 TESTS = ("test", "test_mirror", "test_tta")  # keys of a manifest, by level of `evaluate.views`
 ABOUT_RUNS = (
     "One run a row (n = 1). Validation is that of the kept epoch (the best, or the last where the "
@@ -197,43 +190,3 @@ def run_row(name: str, manifest: dict) -> dict:
         "minutes": f"{manifest['seconds'] / 60:.1f}",
         "machine": machine["gpu"] or processor(machine),
     }
-
-
-def check_trackers(names) -> None:
-    """Raise WorkbookError for the name of a tracker that is unknown or not installed."""
-    for name in names:
-        if importlib.util.find_spec(choose("tracker", name, TRACKERS)) is None:
-            raise WorkbookError(f"tracker {name!r} is not installed; run: pip install {name}")
-
-
-@contextlib.contextmanager
-def tracked(names, folder: Path, config: TrainConfig, then=None):
-    """An `on_epoch` hook for `fit` that hands each epoch to trackers by name, and to `then`.
-
-    A resumed run is handed over from its first epoch on, a finished one not at all. The trackers
-    are closed when the block ends, also by an exception.
-    """
-    check_trackers(names)
-    folder, started = Path(folder), []
-
-    def start():  # at the first epoch: by then the run is known to be this one
-        uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
-        os.environ.setdefault("MLFLOW_TRACKING_URI", uri)
-        started.append(Accelerator(log_with=list(names), project_dir=folder))
-        # TensorBoard would show the epochs of a resumed run twice: purge what was before.
-        ways = {"wandb": {"dir": str(folder)}, "tensorboard": {"purge_step": 1}}
-        settings = {key: str(value) for key, value in as_json(config).items()}
-        started[0].init_trackers(folder.name, settings, ways)
-
-    def hook(row):
-        if not started:
-            start()
-        started[0].log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
-        if then:
-            then(row)
-
-    try:
-        yield hook if names and not (folder / "best.pt").exists() else then
-    finally:
-        for tracker in started[0].trackers if started else ():  # end_training ends more than that
-            tracker.finish()

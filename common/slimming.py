@@ -10,7 +10,7 @@ from common import WorkbookError, choose, params
 from common.models import build
 
 PENALTIES = ("subgradient", "proximal")
-CRITERIA = ("gamma", "gamma/mean", "l1", "taylor", "random")
+CRITERIA = ("gamma", "taylor", "random")
 SCOPES = ("global", "layer")
 
 
@@ -43,48 +43,58 @@ def shrink(gammas: list, amount: float) -> None:
 
 
 def scores(model: nn.Module, criterion="gamma", kind="inner", batches=(), seed: int = 0) -> dict:
-    """One score (C,) per prune group, by name; low means unimportant.
+    """One score (C,) per prune group of a kind, by name; low means unimportant.
 
-    "gamma": mean |gamma| over the group's BatchNorms (Liu et al. 2017); "gamma/mean": that, divided
-    by the layer's mean; "l1": mean L1 norm of the filters (Li et al. 2017); "taylor": (gamma·dL/
-    dgamma + beta·dL/dbeta)² summed over `batches` of (x, y) (Molchanov et al. 2019); "random".
+    "gamma": |gamma| (Liu et al. 2017); "taylor": (gamma·dL/dgamma + beta·dL/dbeta)² for the mean
+    loss L over all images of `batches` of (x, y) (Molchanov et al. 2019); "random". Of BatchNorms
+    in a chain the lowest counts, as one dead is enough; of those that add up to a residual stream,
+    the mean, where one without gamma counts as 1. Kinds are ranked apart: L1 acts on `inner` alone.
+    Raises WorkbookError where there is no such group, for fixed gammas, and missing images.
     """
     choose("criterion", criterion, CRITERIA)
+    groups = model.groups(kind)
+    if not groups:
+        raise WorkbookError(f"{model.spec['name']!r} has no {kind!r} groups; choose the other kind")
+    if criterion == "gamma":
+        trained_gammas(model)
     importance = _taylor(model, batches) if criterion == "taylor" else {}
     generator = torch.Generator().manual_seed(seed)
     result = {}
-    for group in model.groups(kind):
-        convs = [model.get_submodule(name) for name in group.out]
+    for group in groups:
         norms = {name: model.get_submodule(name) for name in group.norm}
-        norms = {name: norm for name, norm in norms.items() if norm.affine}
         if criterion == "random":
-            rows = [torch.rand(convs[0].out_channels, generator=generator)]
-        elif criterion == "l1":
-            rows = [conv.weight.detach().abs().sum((1, 2, 3)) for conv in convs]
+            channels = model.get_submodule(group.norm[0]).num_features
+            rows = [torch.rand(channels, generator=generator)]
         elif criterion == "taylor":
-            rows = [importance[name] for name in norms]
+            rows = [importance[name] for name, norm in norms.items() if norm.affine]
         else:
-            rows = [norm.weight.detach().abs() for norm in norms.values()]
-        score = torch.stack(rows).mean(0).cpu()
-        result[group.name] = score / score.mean() if criterion == "gamma/mean" else score
+            rows = [gamma_of(norm) for norm in norms.values()]
+        rows = torch.stack(rows).cpu()
+        result[group.name] = rows.amin(0) if group.inner else rows.mean(0)
     return result
 
 
+def gamma_of(norm: nn.BatchNorm2d) -> Tensor:
+    """|gamma| (C,), or ones where the BatchNorm has none."""
+    return norm.weight.detach().abs() if norm.affine else torch.ones_like(norm.running_mean)
+
+
 def _taylor(model, batches) -> dict:
-    """Squared first-order change of the loss when gamma and beta become 0, by BatchNorm."""
-    if not batches:
-        raise WorkbookError("criterion 'taylor' needs images; give batches=[(x, y), …]")
+    """Squared first-order change of the mean loss when gamma and beta become 0, by BatchNorm."""
     model = copy.deepcopy(model).eval().requires_grad_(True)
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    norms = {name: norm for name, norm in norms.items() if norm.affine}
-    total = {name: torch.zeros(norm.num_features) for name, norm in norms.items()}
+    images = 0
     for x, y in batches:
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        for name, norm in norms.items():
-            change = norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
-            total[name] += change.detach().cpu().square()
-    return total
+        F.cross_entropy(model(x), y, reduction="sum").backward()  # gradients add up
+        images += len(x)
+    if not images:
+        raise WorkbookError("criterion 'taylor' needs images; give batches=[(x, y), …]")
+
+    def change(norm):
+        total = norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
+        return (total / images).detach().square()
+
+    return {name: change(norm) for name, norm in norms.items() if norm.affine}
 
 
 def make_masks(scores: dict, ratio: float, scope="global", min_channels=1, round_to=1) -> dict:
@@ -117,36 +127,30 @@ def achieved(masks: dict) -> float:
 
 
 def _removed(model: nn.Module, masks: dict):
-    """(group, mask) of every group that has a mask; an unknown name raises WorkbookError."""
-    groups = {group.name: group for group in model.groups("coupled")}
+    """(group, mask) of every group that has a mask; raises WorkbookError for one that fits none."""
+    groups = {group.name: (group, width) for group, width in zip(model.groups(), model.cfg)}
     for name, mask in masks.items():
-        choose("prune group", name, groups)
-        yield groups[name], mask
+        group, width = groups[choose("prune group", name, groups)]
+        if mask.dtype != torch.bool or mask.shape != (width,):
+            found = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise WorkbookError(f"mask of {name!r} is {found}; give {width} booleans, True = kept")
+        yield group, mask
 
 
 @torch.no_grad()
-def apply_masks(model: nn.Module, masks: dict, keep_beta: bool = False) -> nn.Module:
-    """A copy of the model in which removed channels are zero everywhere (or equal to their beta).
-
-    gamma and beta become 0; where a BatchNorm has none, the filter and the running mean do.
-    """
+def apply_masks(model: nn.Module, masks: dict) -> nn.Module:
+    """A copy of the model in which nobody reads the removed channels."""
     model = copy.deepcopy(model)
     for group, mask in _removed(model, masks):
-        for out, name in zip(group.out, group.norm):
-            norm = model.get_submodule(name)
-            if norm.affine:
-                norm.weight[~mask] = 0
-                norm.bias[~mask] *= keep_beta
-            else:
-                model.get_submodule(out).weight[~mask] = 0
-                norm.running_mean[~mask] = 0
+        for layer in group.into:
+            model.get_submodule(layer).weight[:, ~mask] = 0
     return model
 
 
 def slim(model: nn.Module, masks: dict) -> nn.Module:
     """A new, compact model without the removed channels, weights copied by name; eval mode."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    cfg = dict(zip((group.name for group in model.groups("coupled")), model.cfg))
+    cfg = dict(zip((group.name for group in model.groups()), model.cfg))
     for group, mask in _removed(model, masks):
         keep = mask.nonzero()[:, 0]
         cfg[group.name] = len(keep)
@@ -158,7 +162,7 @@ def slim(model: nn.Module, masks: dict) -> nn.Module:
             state[f"{layer}.weight"] = state[f"{layer}.weight"][:, keep]
     compact = build(**{**model.spec, "cfg": list(cfg.values())})
     compact.load_state_dict(state)
-    return compact.eval()
+    return compact.to(next(model.parameters())).eval()
 
 
 @torch.no_grad()
@@ -170,7 +174,7 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     x, and moved into that layer's BatchNorm mean or bias (it is lost where there is neither); exact
     but for zero-padded borders. Apply `slim` to the result.
     """
-    masked, folded = apply_masks(model, masks, keep_beta=True).eval(), copy.deepcopy(model)
+    silenced, folded = copy.deepcopy(model).eval(), copy.deepcopy(model)
     constants = {}
 
     def recorder(layer, mask):
@@ -181,12 +185,19 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
         return record
 
     norm_of = {}
-    for group in model.groups("coupled"):
+    for group in model.groups():
         norm_of |= zip(group.out, group.norm)
     for group, mask in _removed(model, masks):
+        for out, name in zip(group.out, group.norm):
+            norm = silenced.get_submodule(name)
+            if norm.affine:
+                norm.weight[~mask] = 0
+            else:
+                silenced.get_submodule(out).weight[~mask] = 0
+                norm.running_mean[~mask] = 0
         for layer in group.into:
-            masked.get_submodule(layer).register_forward_pre_hook(recorder(layer, mask))
-    masked(x)
+            silenced.get_submodule(layer).register_forward_pre_hook(recorder(layer, mask))
+    silenced(x)
     for layer, constant in constants.items():
         reader = folded.get_submodule(layer)
         weight = reader.weight.flatten(2).sum(2) if reader.weight.ndim == 4 else reader.weight
@@ -197,8 +208,26 @@ def fold_bias(model: nn.Module, masks: dict, x: Tensor) -> nn.Module:
     return folded
 
 
+@torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches) -> nn.Module:
-    """A copy whose BatchNorm statistics are averages over `batches` of (x, y); weights stay."""
-    model = copy.deepcopy(model)
-    torch.optim.swa_utils.update_bn(batches, model)
+    """A copy whose BatchNorm statistics are averages over `batches` of (x, y); weights stay.
+
+    Each image counts the same. A channel that is constant on these images gets a variance of 1, so
+    that it sends about its beta. Raises WorkbookError where there are no images.
+    """
+    model = copy.deepcopy(model).eval()
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms:
+        norm.train().reset_running_stats()
+    images = 0
+    for x, _ in batches:
+        images += len(x)
+        for norm in norms:
+            norm.momentum = len(x) / images
+        model(x)
+    if not images:
+        raise WorkbookError("there are no images to recalibrate on; give batches=[(x, y), …]")
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
+        norm.running_var[norm.running_var <= 1e-12 * (1 + norm.running_mean.square())] = 1
     return model.eval()

@@ -25,7 +25,7 @@ from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrial
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from common import ROOT, WorkbookError, cli, data, params, report, runs, train
+from common import ROOT, WorkbookError, cli, data, params, runs, train
 from common.cli import StudyCommand
 from common.config import Study, read_study
 
@@ -119,7 +119,7 @@ def requeue(opened: optuna.Study, study=None, failed=True, dead=lambda trial: Fa
     return list(again)
 
 
-def objective(trial: optuna.Trial, trackers=()) -> float:
+def objective(trial: optuna.Trial) -> float:
     """Train one run, or go on with it: best validation accuracy; keeps history and manifest."""
     opened, kept = trial.study, trial.user_attrs
     same = lambda other: all(kept.get(name) == other[name] for name in ("key", "settings"))
@@ -131,7 +131,7 @@ def objective(trial: optuna.Trial, trackers=()) -> float:
     try:
         settings, folder = kept["settings"], folder_of(opened.study_name, kept["key"])
         split = load(settings["dataset"], settings.get("val"))
-        run = cli.start(settings, split, folder, trackers, on_epoch=tell)
+        run = cli.start(settings, split, folder, on_epoch=tell)
     except Exception as error:
         trial.set_user_attr("error", f"{type(error).__name__}: {error}")
         raise
@@ -142,7 +142,7 @@ def objective(trial: optuna.Trial, trackers=()) -> float:
     return run.manifest["best"]["val_accuracy"]
 
 
-def work(opened: optuna.Study, heartbeat: int = 30, trackers=()) -> None:
+def work(opened: optuna.Study, heartbeat: int = 30) -> None:
     """Run waiting trials until none waits; then stay while others run, in case one dies."""
 
     def unborn(trial):  # its worker died before its first heartbeat
@@ -154,7 +154,7 @@ def work(opened: optuna.Study, heartbeat: int = 30, trackers=()) -> None:
     while states := OPEN & {trial.state for _, trial in trials_with_runs(opened)}:
         if TrialState.WAITING in states:
             try:
-                opened.optimize(lambda t: objective(t, trackers), n_trials=1, catch=(Exception,))
+                opened.optimize(objective, n_trials=1, catch=(Exception,))
             except FINISHED as error:  # silent for too long: the run was given to another worker
                 if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                     raise
@@ -186,7 +186,6 @@ def run(command: StudyCommand) -> None:
     params.whole(1)("heartbeat", command.heartbeat)
     params.optional(params.whole(1))("threads", command.threads)
     study, workers = read_study(command.file), command.workers
-    report.check_trackers(command.trackers)
     for settings in study.runs.values() if workers else ():
         load(settings["dataset"], settings.get("val"))  # downloads once, before workers would
     opened = open_study(study, command.storage, command.heartbeat)
@@ -197,7 +196,7 @@ def run(command: StudyCommand) -> None:
         if command.threads:
             torch.set_num_threads(command.threads)
             os.environ["OMP_NUM_THREADS"] = str(command.threads)  # a choice, which `fit` keeps
-        work(opened, command.heartbeat, command.trackers)
+        work(opened, command.heartbeat)
     elif workers:
         start_workers(command)
     found = results(opened, study)
@@ -210,7 +209,7 @@ def run(command: StudyCommand) -> None:
 
 def start_workers(command: StudyCommand) -> None:
     """Processes of this machine that work on a study whose runs are queued; waits for them."""
-    words = str(Path(command.file).resolve()), command.storage, command.heartbeat, command.trackers
+    words = str(Path(command.file).resolve()), command.storage, command.heartbeat
     threads = command.threads or max(1, train.CORES // command.workers)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=paths)
@@ -225,9 +224,9 @@ def start_workers(command: StudyCommand) -> None:
         raise WorkbookError("all workers died, see above; the same command goes on")
 
 
-def worker_main(file: str, storage, heartbeat: int, trackers) -> None:
+def worker_main(file: str, storage, heartbeat: int) -> None:
     """What one of several worker processes does."""
-    work(open_study(read_study(file), storage, heartbeat, enqueue=False), heartbeat, trackers)
+    work(open_study(read_study(file), storage, heartbeat, enqueue=False), heartbeat)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How does a network learn? One plain loop on accelerate, which resumes exactly."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -158,7 +156,10 @@ def train_epoch(learner: Learner, on_grad=None) -> dict:
         factor = lr_factor(epoch * len(loader) + i, *plan)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        backward(learner, x, y, size, sums[:3])
+        if size < 32:
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+        whole = min(config.batch_size, len(loader.images) - i * config.batch_size)
+        backward(learner, x, y, whole, sums[:3])
         # unscales, and returns the norm as it was before
         norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
         sums[3] += torch.nan_to_num(norm, 0, 0)  # with fp16 a step may overflow, and is skipped
@@ -183,18 +184,19 @@ def train_epoch(learner: Learner, on_grad=None) -> dict:
     return row | dict(zip(names, (sums[3:] / len(loader)).tolist()))
 
 
-def backward(learner: Learner, x, y, size: int, sums) -> None:
-    """Gradients of a batch's mean loss, piece by piece; adds loss, correct answers, images."""
+def backward(learner: Learner, x, y, whole: int, sums) -> None:
+    """Gradients of a batch's mean loss, piece by piece; adds loss, correct answers, images.
+
+    x, y: the share of this process in a batch of `whole` images. Processes average their gradients.
+    """
     config, accelerator = learner.config, learner.accelerator
     pieces = list(zip(x.chunk(config.accumulate), y.chunk(config.accumulate)))
     for i, (xs, ys) in enumerate(pieces, 1):
-        if size < 32:
-            xs = F.interpolate(xs, size=size, mode="bilinear", antialias=True)
         # Processes may have different numbers of pieces: they meet in the last one alone.
         with contextlib.nullcontext() if i == len(pieces) else accelerator.no_sync(learner.net):
             logits, smoothing = learner.net(xs).float(), config.label_smoothing
             loss = F.cross_entropy(logits, ys, reduction="sum", label_smoothing=smoothing)
-            accelerator.backward(loss / len(x))
+            accelerator.backward(loss * accelerator.num_processes / whole)
         correct = (logits.argmax(1) == ys).sum()
         sums += torch.stack([loss.detach(), correct, xs.new_tensor(len(ys))])
 
@@ -205,27 +207,6 @@ def refuse_divergence(learner: Learner, loss: float) -> None:
         what = "weights" if math.isfinite(loss) else "loss"
         advice = f"lower lr={learner.config.lr} or set clip=1.0"
         raise WorkbookError(f"the {what} became infinite in epoch {learner.loader.epoch}; {advice}")
-
-
-def fit_in_memory(make_model, split: Split, config: TrainConfig, folder, **hooks) -> runs.Run:
-    """`fit`, again with twice as many pieces a batch (`accumulate`) whenever memory runs out.
-
-    `make_model()` gives a fresh model for each try. Batch size and recipe stay; only BatchNorm
-    sees smaller pieces. A run in more pieces has its own folder, `<folder>-accumulate<n>`.
-    """
-    first = folder = Path(folder)
-    while True:
-        try:
-            return fit(make_model(), split, config, folder, **hooks)
-        except RuntimeError as error:
-            if config.accumulate >= config.batch_size or not should_reduce_batch_size(error):
-                raise
-        clear_device_cache(garbage_collection=True)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # the next try's memory is to be measured
-        config = dataclasses.replace(config, accumulate=2 * config.accumulate)
-        folder = first.with_name(f"{first.name}-accumulate{config.accumulate}")
-        print(f"memory ran out: each batch in {config.accumulate} pieces", flush=True)
 
 
 @contextlib.contextmanager

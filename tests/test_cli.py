@@ -98,15 +98,13 @@ def test_two_processes_learn_what_one_learns(runs):
 
 
 def test_options_reach_the_training(runs, monkeypatch):
-    """A checkpoint every few epochs, a tracker, the validation images: what was asked for happens."""
-    pytest.importorskip("tensorboard")
+    """A checkpoint every few epochs, the validation images: what was asked for happens."""
     saved = []
     save = cli.train.runs.save_run
     monkeypatch.setattr(cli.train.runs, "save_run", lambda *rest: saved.append(1) or save(*rest))
     small = SMALL.replace("--epochs 2", "--epochs 3").split()
-    cli.main([*small, "--run", "one", "--every", "2", "--trackers", "tensorboard"])
+    cli.main([*small, "--run", "one", "--every", "2"])
     assert len(saved) == 2, "after the second epoch and at the end"
-    assert list((runs / "one").rglob("events.out.tfevents*"))
     asked = []
 
     def stop(*words):

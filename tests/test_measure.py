@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import measure
-from common.models import build
+from common.models import MODELS, build
 from tests.conftest import warmed
 
 
@@ -23,8 +23,10 @@ def test_profilers_leave_the_model_alone(profiler, training, sample):
     assert torch.equal(model.eval()(x), expected)
 
 
-def test_thop_counts_the_same_convolutions(network):
+@pytest.mark.parametrize("name", MODELS)
+def test_thop_counts_the_same_convolutions(name):
     """thop adds BatchNorm (4 operations an element) and pooling layers on top: a few percent, never less."""
+    network = build(name)
     counted = measure.macs(network)
     assert counted <= measure.thop_macs(network) <= counted * 1.15
 

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from common import ROOT, WorkbookError, augment, evaluate, measure, optim, report, runs, slimming, train
+from common import ROOT, WorkbookError, augment, evaluate, measure, optim, runs, slimming, train
 from common.config import OPTIMIZERS, SCHEDULES, TrainConfig, native_precision
 from common.data import Images, Loader, Split
 from common.models import build
@@ -264,56 +264,6 @@ def test_watched_gradient_is_the_one_before_clipping(small, tmp_path):
         fit(network(), small, dataclasses.replace(CONFIG, watch="blocks.0.conv9.weight"), tmp_path / "unknown")
 
 
-def tracked_fit(tracker, split, folder, then=None):
-    with report.tracked((tracker,), folder / "run", CONFIG, then) as hook:
-        return fit(network(), split, CONFIG, folder / "run", on_epoch=hook)
-
-
-def test_tensorboard_gets_every_epoch(small, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = tracked_fit("tensorboard", small, tmp_path)
-    file = next((tmp_path / "run").rglob("events.out.tfevents*"))
-    log = events.EventAccumulator(str(file.parent)).Reload()
-    assert [event.step for event in log.Scalars("val_accuracy")] == [1, 2, 3]
-    assert [event.value for event in log.Scalars("train_loss")] == pytest.approx([row["train_loss"] for row in run.history])
-
-
-def test_mlflow_writes_into_a_database_beside_the_runs(small, tmp_path, monkeypatch):
-    pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    tracked_fit("mlflow", small, tmp_path)
-    assert (tmp_path / "mlflow.db").stat().st_size > 0
-
-
-def test_a_batch_that_does_not_fit_is_cut_until_it_does(small, tmp_path, capsys):
-    def cramped(module, inputs):
-        if module.training and len(inputs[0]) > 8:
-            raise RuntimeError("CUDA out of memory. Tried to allocate too much.")
-
-    def make():
-        model = network()
-        model.register_forward_pre_hook(cramped)
-        return model
-
-    for _ in range(2):  # the second time the finished run is found again
-        run = train.fit_in_memory(make, small, CONFIG, tmp_path / "run")
-        assert run.folder.name == "run-accumulate4" and run.manifest["config"]["accumulate"] == 4
-        assert capsys.readouterr().out.count("memory ran out") == 2
-    alone = fit(network(), small, dataclasses.replace(CONFIG, accumulate=4), tmp_path / "alone")
-    assert same(weights(run.model), weights(alone.model))
-    with pytest.raises(RuntimeError, match="other"):
-        train.fit_in_memory(make, small, CONFIG, tmp_path / "x", on_grad=lambda model: exec("raise RuntimeError('other')"))
-
-
-def test_wandb_offline_writes_into_the_run(small, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    tracked_fit("wandb", small, tmp_path)
-    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")) and not (tmp_path / "wandb").exists()
-
-
 def test_accumulation_takes_the_same_steps(small, tmp_path):
     """Without BatchNorm, pieces of a batch weigh as much as the whole, also where they are of uneven size."""
     ends = {}
@@ -442,14 +392,6 @@ def test_illegal_settings(wrong):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_and_missing_trackers_are_named(small, tmp_path, monkeypatch):
-    with pytest.raises(WorkbookError, match="tensorboard"):
-        tracked_fit("tensorbored", small, tmp_path)
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WorkbookError, match="pip install mlflow"):
-        tracked_fit("mlflow", small, tmp_path)
-
-
 def test_model_files_rebuild_themselves(tmp_path):
     model = network()
     pruned = slimming.slim(model, slimming.make_masks(slimming.scores(model, "random"), 0.5))
@@ -554,21 +496,6 @@ def test_a_damaged_manifest_does_not_keep_a_run_from_going_on(small, free_thread
         fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
     (tmp_path / "run" / "run.json").write_text("{")
     assert fit(network(), small, CONFIG, tmp_path / "run").manifest["finished"]
-
-
-def test_a_refused_run_keeps_what_trackers_have_of_it(small, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with pytest.raises(Stop), report.tracked(("tensorboard",), tmp_path / "run", CONFIG, stop_after(1)) as hook:
-        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=hook)
-    files = sorted((tmp_path / "run").rglob("events.out.tfevents*"))
-    other = dataclasses.replace(CONFIG, lr=0.3)
-    with pytest.raises(WorkbookError, match="lr"), report.tracked(("tensorboard",), tmp_path / "run", other) as hook:
-        fit(network(), small, other, tmp_path / "run", on_epoch=hook)
-    assert sorted((tmp_path / "run").rglob("events.out.tfevents*")) == files
-    with report.tracked(("tensorboard",), tmp_path / "run", CONFIG) as hook:
-        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=hook)
-    log = events.EventAccumulator(str(tmp_path / "run" / "run")).Reload()
-    assert [event.step for event in log.Scalars("val_accuracy")] == [1, 2, 3], "each epoch once, though two files have it"
 
 
 CHANGES = dict(

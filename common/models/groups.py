@@ -30,10 +30,12 @@ class Group:
 class Prunable:
     """Mixin: `groups(kind)` for a network that filled `self._groups`, in the order of `cfg`."""
 
-    def groups(self, kind: str = "inner") -> list:
-        """Prune groups: `inner` (widths inside a block) or `coupled` (residual streams as well)."""
-        choose("kind of groups", kind, KINDS)
-        return [group for group in self._groups if group.inner or kind == "coupled"]
+    def groups(self, kind: str | None = None) -> list:
+        """Prune groups: `inner` (widths inside a block), `coupled` (residual streams), or all."""
+        if kind is None:
+            return list(self._groups)
+        inner = choose("kind of groups", kind, KINDS) == "inner"
+        return [group for group in self._groups if group.inner == inner]
 
 
 def widths(cfg, default: list) -> list:
