@@ -312,9 +312,9 @@ def test_recalibration_sets_statistics_to_those_of_the_data(sample, size):
 
 def test_recalibration_puts_only_batchnorm_into_training_mode(sample):
     batches = list(Loader(sample.train[:100], sample.spec, 50, shuffle=False))
-    calm, shaky = (warmed("resnet18", width=4, dropout=p) for p in (0.0, 0.5))
-    expected, found = (slimming.recalibrate_bn(net, batches).state_dict() for net in (calm, shaky))
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    model = warmed("mobilenet", width=0.25, activation="rrelu")  # random slopes, if it trains
+    first, second = (slimming.recalibrate_bn(model, batches).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_recalibration_needs_images():
