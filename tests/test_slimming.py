@@ -150,6 +150,16 @@ def test_torch_pruning_removes_the_same_channels(network, x):
     assert apart(slimming.slim(network, masks)(x), other(x)) <= NEAR
 
 
+def test_each_group_is_of_one_kind(network):
+    """Widths that L1 acts on, or streams that it does not: they are never ranked together."""
+    inner, coupled = ([group.name for group in network.groups(kind)] for kind in KINDS)
+    assert sorted(inner + coupled) == sorted(group.name for group in network.groups())
+    penalised = {id(gamma) for gamma in slimming.gammas(network)}
+    for group in network.groups("coupled"):
+        norms = [network.get_submodule(name) for name in group.norm]
+        assert not penalised & {id(norm.weight) for norm in norms}
+
+
 @pytest.mark.parametrize("mask", (torch.ones(3, dtype=torch.bool), torch.ones(64), torch.ones(64, 1, dtype=torch.bool)))
 def test_masks_are_checked(x, mask):
     model = warmed("resnet17", width=64)
