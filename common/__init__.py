@@ -29,7 +29,7 @@ def folder_from(variable: str, default: str) -> Path:
 
 def write_file(path, data: bytes | str) -> Path:
     """Write a file whole or not at all; raises WorkbookError where that fails."""
-    path = Path(path)
+    path = Path(path).expanduser()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

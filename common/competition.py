@@ -18,7 +18,7 @@ for core in ("numpy.core", "numpy._core"):
     SAFE |= {(f"{core}.multiarray", "_reconstruct"), (f"{core}.numeric", "_frombuffer")}
 for kind in ("bytes", "bytearray", "complex", "set", "slice"):
     SAFE |= {("builtins", kind), ("__builtin__", kind)}
-WANTED = 'give a pickled {b"data": uint8 array of shape (N, 32, 32, 3)}'
+WANTED = 'give a pickled {b"data": uint8 array of shape (N, 32, 32, 3) or (N, 3072)}'
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -30,12 +30,14 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_images(path) -> Tensor:
-    """uint8 images (N, 3, 32, 32) from a pickle of {b"data": array (N, 32, 32, 3) uint8}, N ≥ 1.
+def read_images(path) -> tuple:
+    """uint8 images (N, 3, 32, 32) and IDs of a pickle {b"data": uint8 array, b"ids": N numbers}.
 
-    Raises WorkbookError for a missing, damaged or hostile file, or another content.
+    An image is 32×32×3 or a row of 3,072 values, channels first, as in CIFAR's own files. Without
+    ids they are 0 to N − 1. Raises WorkbookError for a missing, damaged or hostile file, or another
+    content.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise WorkbookError(f"test set {path} does not exist; {WANTED}")
     try:  # "bytes": keys as Python 2 wrote them
@@ -43,17 +45,24 @@ def read_images(path) -> Tensor:
     except Exception as error:  # a damaged pickle may raise nearly anything
         reason = str(error) or type(error).__name__
         raise WorkbookError(f"{path} is not admitted ({reason}); {WANTED}") from None
-    found = content.get(b"data", content.get("data")) if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    found, ids = (content.get(key.encode(), content.get(key)) for key in ("data", "ids"))
     shape, kind = getattr(found, "shape", ()), getattr(found, "dtype", type(found).__name__)
-    if kind != np.uint8 or shape[1:] != (32, 32, 3) or not len(found):
+    if kind != np.uint8 or shape[1:] not in ((32, 32, 3), (3072,)) or not len(found):
         raise WorkbookError(f'{path} holds {kind} of shape {shape} under b"data"; {WANTED}')
-    return torch.from_numpy(np.ascontiguousarray(found)).permute(0, 3, 1, 2)
+    ids = range(len(found)) if ids is None else np.asarray(ids).tolist()
+    whole = isinstance(ids, (list, range)) and all(isinstance(number, int) for number in ids)
+    if not whole or len(ids) != len(found) or len(set(ids)) < len(ids):
+        raise WorkbookError(f'{path} holds b"ids" that are not {len(found)} different numbers')
+    if len(shape) == 2:
+        found = found.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return torch.from_numpy(np.ascontiguousarray(found)).permute(0, 3, 1, 2), list(ids)
 
 
 def read_picture(path) -> Tensor:
     """Any picture file as one uint8 image (1, 3, 32, 32): upright, on white, its middle square."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
+        picture = ImageOps.exif_transpose(Image.open(Path(path).expanduser()))
         if picture.mode.startswith(("I", "F")):  # pillow would clip them at 255
             raise ValueError("more than 8 bits")
         picture = picture.convert("RGBA")
@@ -69,13 +78,13 @@ def read_picture(path) -> Tensor:
 
 def check_writable(path) -> None:
     """Raise WorkbookError now, before a long training, if `path` could not be written."""
-    path, text = Path(path), str(path)
+    path, text = Path(path).expanduser(), str(path)
     if path.is_dir() or text.endswith(("/", "\\")):
         raise WorkbookError(f"{path} is a folder; give the name of a file, such as submission.csv")
     write_file(path.with_name(f"{path.name}.{os.getpid()}.probe"), "").unlink()
 
 
-def write_submission(path, labels) -> Path:
-    """Write `ID,Labels` lines, IDs from 0 in the order of the images; returns the path."""
-    lines = ["ID,Labels", *(f"{number},{int(label)}" for number, label in enumerate(labels))]
+def write_submission(path, ids, labels) -> Path:
+    """Write `ID,Labels` lines in the order of the images; returns the path."""
+    lines = ["ID,Labels", *(f"{i},{int(label)}" for i, label in zip(ids, labels, strict=True))]
     return write_file(path, "\n".join(lines) + "\n")

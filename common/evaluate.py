@@ -10,7 +10,7 @@ from common.sources import Spec
 
 @torch.no_grad()
 def evaluate(model, images: Images, spec: Spec, batch_size=500, accelerator=None, tta=0) -> dict:
-    """Mean cross-entropy `loss`, `accuracy` and `top5` (0..1) in eval mode; `tta` as in `views`."""
+    """Mean cross-entropy `loss`, `accuracy`, `top5` (0..1) in eval mode; `tta` as in `views`."""
     device, share = "cpu", (0, 1)
     if accelerator:
         device = accelerator.device
@@ -35,7 +35,7 @@ def predict(model, images: Images, spec: Spec, batch_size: int = 500, tta: int =
 
 def _logits(model: nn.Module, batches: Loader, tta: int, move: bool = True):
     """Yield (logits, labels) of each batch; with `move` on a GPU if there is one, for that time."""
-    home = next(model.parameters()).device
+    home, modes = next(model.parameters()).device, {m: m.training for m in model.modules()}
     if move and torch.cuda.is_available():
         model, batches.images = model.to("cuda"), batches.images.to("cuda")
     model.eval()
@@ -43,6 +43,8 @@ def _logits(model: nn.Module, batches: Loader, tta: int, move: bool = True):
         for x, y in batches:
             yield views(model, x, tta), y
     finally:
+        for module, training in modes.items():
+            module.training = training
         if move:
             model.to(home)
 

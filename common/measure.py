@@ -1,18 +1,28 @@
-"""What does a network cost? Parameters, MACs, milliseconds, bytes; the model is left alone."""
+"""What does a network cost, and where did it run? Parameters, MACs, milliseconds, bytes."""
 
 import collections
 import contextlib
 import copy
+import ctypes
+import functools
 import io
+import os
+import platform
+import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import thop
 import torch
 import torchsummary
+from accelerate import PartialState
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import ROOT
 from common.models.groups import Whiten
 from common.optim import image_sizes
 from common.runs import deployable, torch_bytes
@@ -107,3 +117,60 @@ def profile(model: nn.Module, repeats: int = 50) -> dict:
         row[f"latency_{n}"] = ms["median"]
         row[f"range_{n}"] = f"{ms['p10']:.3g} to {ms['p90']:.3g}"
     return row | dict(bytes=file_bytes(model))
+
+
+def machine(device="cpu") -> dict:
+    """Names of processor and GPU, vector instructions, cores, processes, threads, torch version."""
+    info, kind = Path("/proc/cpuinfo"), torch.device(device).type
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return dict(
+        cpu=named[1] if named else platform.processor() or platform.machine(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        gpu=torch.cuda.get_device_name(device) if kind == "cuda" else {"cpu": None}.get(kind, kind),
+        torch=str(torch.__version__),
+        cores=os.cpu_count(),
+        processes=PartialState().num_processes,
+        threads=torch.get_num_threads(),
+    )
+
+
+def distinct(machines: list) -> list:
+    """Each machine once, in order."""
+    return [m for i, m in enumerate(machines) if m not in machines[:i]]
+
+
+def idle_cores(seconds: float = 0.5) -> float:
+    """Cores that no other process uses, as a mean over some time."""
+    own = psutil.Process()
+    own.cpu_percent()
+    idle = psutil.cpu_count() * (1 - psutil.cpu_percent(interval=seconds) / 100)
+    return idle + own.cpu_percent() / 100
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory: handing it back and faulting it in costs 10-20 % on a CPU."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # M_MMAP_THRESHOLD, which some versions allow up to 32 MB; M_TRIM_THRESHOLD
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
+
+
+def commit() -> str:
+    """The commit of the checkout, "+" where tracked files but reports differ; or "unknown"."""
+    git = ["git", "-C", str(ROOT), "--no-optional-locks"]
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/reports"]
+    # GIT_DIR and the like would name another repository.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    how = dict(text=True, stderr=subprocess.DEVNULL, env=own)
+    ask = functools.partial(subprocess.check_output, **how)
+    try:
+        if Path(ask([*git, "rev-parse", "--show-toplevel"]).strip()).resolve() != ROOT:
+            return "unknown"  # unpacked inside another repository
+        head = ask([*git, "rev-parse", "--short=12", "HEAD"]).strip()
+        return head + "+" * bool(ask([*git, *changes]))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+COMMIT = commit()  # of the code as it was imported

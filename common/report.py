@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from common import ROOT, WorkbookError, params, runs, write_file
+from common.config import FIELDS
 from common.evaluate import evaluate
 from common.sources import SPECS
 
@@ -18,6 +19,9 @@ COLUMNS = {  # heading, format
     "range_64": ("p10 to p90", "{}"),
     "bytes": ("weights file (MB)", lambda v: f"{v / 1e6:.2f}"),
     "lam": ("λ", "{:g}"),
+    "minutes": ("minutes", "{:.1f}"),
+    "seconds": ("seconds", "{:.1f}"),
+    "loss": ("loss", "{:.3f}"),
 }
 # 97.5 % quantiles of Student's t, by degrees of freedom from …
 T95 = ((2, 4.30), (3, 3.18), (4, 2.78), (6, 2.45), (8, 2.31), (18, 2.10), (38, 2.02))
@@ -32,10 +36,14 @@ FOOT = "Settings, machine and commit of each run stand in [`runs/`](runs/), one 
 
 
 def cell(name: str, value) -> str:
-    """One table cell: missing values say "not run", accuracies and shares are percentages."""
+    """One table cell: missing values say "not run"; a float is a share, and shown in percent.
+
+    Except for settings, such as lr, and what COLUMNS knows, such as minutes.
+    """
     if value is None or isinstance(value, str):
         return "not run" if value is None else value
-    default = "{:.2%}" if isinstance(value, float) else "{}"
+    share = isinstance(value, float) and name not in FIELDS
+    default = "{:.2%}" if share else "{}"
     form = COLUMNS.get(name, (None, default))[1]
     return form(value) if callable(form) else form.format(value)
 
@@ -79,10 +87,12 @@ def verdict(a: list, b: list, others: list = ()) -> str:
 
 def tested(run, split, tta: int = 0) -> dict:
     """Test loss, accuracy and top5 of a finished run: measured once, kept in its manifest."""
-    key = TESTS[tta]
+    key, images = TESTS[tta], runs.pixels(split.test)
     if key not in run.manifest:
-        result = evaluate(run.model, split.test, split.spec, tta=tta)
+        result = evaluate(run.model, split.test, split.spec, tta=tta) | dict(pixels=images)
         run.manifest = runs.save_result(run.folder, **{key: result})
+    if run.manifest[key].get("pixels", images) != images:  # made before digests: none
+        raise WorkbookError(f"{run.folder} was tested on other images; use another run name")
     return run.manifest[key]
 
 
@@ -95,7 +105,8 @@ def report_folder(scale: str) -> Path:
 def provenance(manifest: dict) -> str:
     """One Markdown line: where the numbers of a run come from, and its `note`, if it has one."""
     told, machine, data = manifest["config"], manifest["machine"], manifest["data"]
-    device = machine["gpu"] or f"{processor(machine)}, {machine['threads']} threads"
+    parts = [machine for part in manifest.get("parts", ()) for machine in part["machines"]]
+    device = ", then on ".join(dict.fromkeys(map(device_of, parts or [machine])))
     rates = f"lr {told['lr']:g}"
     if told["optimizer"] == "muon":
         rates += f" ({told['lr_other']:g} besides convolutions)"
@@ -109,6 +120,10 @@ def provenance(manifest: dict) -> str:
     if manifest.get("precision", "no") != "no":
         text += f", {manifest['precision']}"
     return f"{text}. {manifest['note']}" if "note" in manifest else text
+
+
+def device_of(machine: dict) -> str:
+    return machine["gpu"] or f"{processor(machine)}, {machine['threads']} threads"
 
 
 def processor(machine: dict) -> str:
@@ -135,14 +150,18 @@ def write_report(name, scale, title, parts: list, figures: dict, used: list) -> 
     for manifest in used:
         copy = folder / "runs" / manifest["name"]
         write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
-        history = runs.folder(manifest["name"]) / "history.csv"
-        if history.exists():
-            write_file(f"{copy}.csv", history.read_text())
+        kept = runs.folder(manifest["name"])
+        if (kept / "run.json").exists() and same_run(manifest, runs.load_manifest(kept)):
+            write_file(f"{copy}.csv", (kept / "history.csv").read_text())
     head = [f"# {title}", f"Scale: `{scale}`.", *([QUICK] if scale == "quick" else [])]
     foot = ["## Where the numbers come from", "\n".join(map(provenance, used)), FOOT]
     path = write_file(folder / f"{name}.md", "\n\n".join([*head, body, *foot]))
     write_index(folder)
     return path
+
+
+def same_run(manifest: dict, other: dict) -> bool:
+    return all(manifest[key] == other[key] for key in ("config", "data", "epochs", "seconds"))
 
 
 def write_index(folder: Path) -> None:

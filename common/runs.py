@@ -1,27 +1,28 @@
-"""What does a run leave on disk, and how is it read back? On which machine did it run?"""
+"""What does a run leave on disk, and how is it read back?
 
+Two runs are the same if their identities are. One process at a time may write a run: the last that
+claimed it. A manifest has an entry of `parts` for every process that trained a part of the run.
+"""
+
+import contextlib
 import csv
-import ctypes
-import functools
 import hashlib
 import io
 import json
-import os
-import platform
-import re
-import subprocess
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import filelock
 import torch
-from accelerate import PartialState
 from torch import nn
 
-from common import ROOT, WorkbookError, folder_from, write_file
+from common import WorkbookError, folder_from, write_file
 from common.config import TrainConfig, as_json
-from common.data import Split
+from common.data import Images, Split
 from common.models import build
+
+DIGESTS = ("pixels", "weights")  # not known of runs made before 2026-12
 
 
 @dataclass
@@ -40,14 +41,15 @@ def folder(name: str = "") -> Path:
 
 
 def identity(model: nn.Module, split: Split, config: TrainConfig) -> dict:
-    """What makes two runs the same: config, network, and the data's name, sizes and fingerprint.
+    """What makes two runs the same: config, network, its first weights, and the data.
 
-    The fingerprint is that of the labels of both parts, which fix the split.
+    `sha256`: of the labels of both parts, which fix the split; `pixels`: of their images.
     """
-    labels = torch.cat([split.train.y, split.val.y]).to(torch.uint8).cpu().numpy().tobytes()
+    parts = split.train, split.val
     data = dict(name=split.spec.name, train=len(split.train), val=len(split.val))
-    data["sha256"] = hashlib.sha256(labels).hexdigest()[:16]
-    return dict(config=as_json(config), spec=as_json(model.spec), data=data)
+    data |= dict(sha256=sha256(*(part.y.byte() for part in parts)), pixels=pixels(*parts))
+    start = dict(weights=fingerprint(model))
+    return dict(config=as_json(config), spec=as_json(model.spec), data=data, start=start)
 
 
 def find_or_refuse(folder: Path, identity: dict) -> dict:
@@ -55,34 +57,66 @@ def find_or_refuse(folder: Path, identity: dict) -> dict:
 
     Raises WorkbookError if its settings are other ones, or its checkpoint cannot be read.
     """
-    state = dict(history=[], best=None, seconds=0.0, finished=False)
+    state = dict(history=[], best=None, seconds=0.0, finished=False, parts=[])
     if not (folder / "checkpoint.pt").exists():
         return state | identity
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = dict(start={}) | load_checkpoint(folder / "checkpoint.pt")
+    if "parts" not in state:  # nor were its machines recorded
+        before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
+        state["parts"] = [before | {key: state[key] for key in ("commit", "precision")}]
     state["config"] = as_json(TrainConfig()) | state["config"]  # older ones lack fields
     for part, wanted in identity.items():
         for key in {**state[part], **wanted}:
             old, new = state[part].get(key), wanted.get(key)
-            if old != new:
+            if key in DIGESTS and old is None:
+                print(f"{folder.name}: made before digests, so its {key} are not compared")
+            elif old != new:
                 problem = f"holds a run with {key}={old!r}, but {key}={new!r} was asked for"
                 raise WorkbookError(f"{folder} {problem}; delete it or use another run name")
     return state
 
 
-def save_run(folder: Path, state: dict, device="cpu") -> None:
-    """Write history.csv, run.json, at the end best.pt; last checkpoint.pt: the epoch counts."""
+def claim(folder: Path) -> str:
+    """Become the one process that may write a run; an earlier one stops when it saves next."""
+    owner = uuid.uuid4().hex
+    write_file(folder / "owner", owner)
+    with locked(folder):  # a save that has begun ends first
+        return owner
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One process at a time; the system lets go of it when that process dies."""
+    try:
+        with filelock.FileLock(folder / "lock", timeout=120):
+            yield
+    except filelock.Timeout:
+        problem = "is held by a process that has stopped while it was saving"
+        raise WorkbookError(f"{folder} {problem}; end that process") from None
+
+
+def save_run(folder: Path, state: dict, owner: str) -> None:
+    """Write history.csv, run.json, at the end best.pt; last checkpoint.pt: the epoch counts.
+
+    Raises WorkbookError, and writes nothing, if another process has claimed the run.
+    """
     best = {key: state["best"][key] for key in ("epoch", "val_accuracy")}
     manifest = dict(name=folder.name, epochs=len(state["history"]), best=best)
-    manifest["machine"] = machine(device)
-    for key in ("finished", "seconds", "commit", "precision", "config", "spec", "data"):
-        manifest[key] = state[key]
-    write_file(folder / "history.csv", csv_text(state["history"]))
-    write_file(folder / "run.json", json.dumps(manifest, indent=1))
-    if state["finished"]:
-        weights = dict(spec=state["spec"], state_dict=state["best"]["state_dict"])
-        weights["meta"] = dict(run=folder.name, **best)
-        write_file(folder / "best.pt", torch_bytes(weights))
-    write_file(folder / "checkpoint.pt", torch_bytes(state))
+    manifest["machine"] = state["parts"][-1]["machines"][0]
+    keys = "finished", "seconds", "config", "spec", "data", "start", "parts"
+    manifest |= {key: state[key] for key in keys}
+    for key in ("commit", "precision"):  # it may have gone on elsewhere
+        manifest[key] = ", ".join(dict.fromkeys(part[key] for part in state["parts"]))
+    weights = dict(spec=state["spec"], state_dict=state["best"]["state_dict"])
+    weights["meta"] = dict(run=folder.name, **best)
+    with locked(folder):
+        if (folder / "owner").read_text() != owner:
+            raise WorkbookError(f"{folder} is trained by another process now; this one stops")
+        write_file(folder / "history.csv", csv_text(state["history"]))
+        write_file(folder / "run.json", json.dumps(manifest, indent=1))
+        if state["finished"]:
+            write_file(folder / "best.pt", torch_bytes(weights))
+        write_file(folder / "checkpoint.pt", torch_bytes(state))
 
 
 def result(folder: Path, model: nn.Module, state: dict) -> Run:
@@ -118,50 +152,6 @@ def csv_text(history: list) -> str:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
-
-
-def commit() -> str:
-    """The commit of the checkout, "+" where tracked files but reports differ; or "unknown"."""
-    git = ["git", "-C", str(ROOT)]
-    changes = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/reports"]
-    ask = functools.partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL)
-    try:
-        head = ask([*git, "rev-parse", "--short=12", "HEAD"]).strip()
-        return head + "+" * bool(ask([*git, *changes]))
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def machine(device="cpu") -> dict:
-    """Names of processor and GPU, vector instructions, cores, processes, threads, torch version."""
-    info, kind = Path("/proc/cpuinfo"), torch.device(device).type
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return dict(
-        cpu=named[1] if named else platform.processor() or platform.machine(),
-        instructions=torch.backends.cpu.get_cpu_capability(),
-        gpu=torch.cuda.get_device_name(device) if kind == "cuda" else {"cpu": None}.get(kind, kind),
-        torch=torch.__version__,
-        cores=os.cpu_count(),
-        processes=PartialState().num_processes,
-        threads=torch.get_num_threads(),
-    )
-
-
-def idle_cores(seconds: float = 0.5) -> float:
-    """Cores that no other process uses, as a mean over some time."""
-    own = psutil.Process()
-    own.cpu_percent()
-    idle = psutil.cpu_count() * (1 - psutil.cpu_percent(interval=seconds) / 100)
-    return idle + own.cpu_percent() / 100
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: handing it back and faulting it in costs 10-20 % on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, which some versions allow up to 32 MB; M_TRIM_THRESHOLD
-        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
-            libc.mallopt(-1, 2**31 - 1)
 
 
 def torch_bytes(content: dict) -> bytes:
@@ -221,9 +211,33 @@ def load_model(path, expect: str | None = None) -> nn.Module:
     return model.eval()
 
 
+def sha256(*tensors) -> str:
+    """16 hex digits of the SHA-256 of tensors' values, one after the other."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy())
+    return sha.hexdigest()[:16]
+
+
+def pixels(*parts: Images) -> str:
+    """Digest of images, as they lie in memory: channels last."""
+    return sha256(*(part.x.permute(0, 2, 3, 1) for part in parts))
+
+
 def digest(model: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of all weights: names where a run started from."""
+    """16 hex digits of the SHA-256 of all weights and their names: tells models apart."""
     sha = hashlib.sha256()
     for name, value in model.state_dict().items():
         sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Four digits of three projections of the trained weights: tells starts apart.
+
+    Unlike a digest it does not see the last bits, in which machines differ.
+    """
+    trained = [p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad]
+    flat = torch.cat(trained)
+    place = torch.arange(len(flat), dtype=torch.float64)
+    return " ".join(f"{float((place * k).cos() @ flat):.4g}" for k in (1, 2, 3))

@@ -73,6 +73,8 @@ def open_storage(url: str, heartbeat: int):
     kind = next((kind for kind in ("sqlite:///", "journal:") if url.startswith(kind)), "")
     if kind:  # a file; its path begins at the repository
         path = ROOT / Path(url.removeprefix(kind)).expanduser()
+        if set("%?#") & set(str(path)):
+            raise ValueError("a path of a storage must not hold %, ? or #")
         path.parent.mkdir(parents=True, exist_ok=True)
         url = f"{kind}{path}"
     if kind == "journal:":

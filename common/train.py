@@ -1,7 +1,7 @@
 """How does a network learn? One plain loop on accelerate, which resumes exactly."""
 
 import contextlib
-import json
+import copy
 import math
 import os
 import time
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import WorkbookError, choose, runs, slimming, write_file
+from common import WorkbookError, choose, measure, runs, slimming
 from common.config import TrainConfig, native_precision
 from common.data import Loader, Split
 from common.evaluate import evaluate
@@ -32,33 +32,35 @@ def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch
     a stopped run goes on from it, bit for bit the same on a CPU with as many threads. Raises
     WorkbookError for a folder with other settings, divergence, and processes that cannot share.
     """
-    folder = Path(folder)
-    state = runs.find_or_refuse(folder, runs.identity(model, split, config))
-    if len(set(gather_object([len(state["history"])]))) > 1:
-        raise WorkbookError(f"not all processes find the same checkpoint in {folder}; share it")
-    for row in state["history"] if on_epoch else ():
-        on_epoch(row)
-    if not state["finished"]:
-        with idle_threads(folder):
-            learner = Learner(model, split, config, folder)
-            learner.begin(state)
-            while not state["finished"]:
-                row = learner.epoch(on_grad)
-                learner.record(state, row)
-                if state["finished"] or row["epoch"] % every == 0:
-                    learner.save(state)
-                learner.accelerator.print(line(folder.name, row, config.epochs), flush=True)
-                if on_epoch:
-                    on_epoch(row)
-            model = learner.finish()
-    return runs.result(folder, model, state)
+    folder, hook = Path(folder), on_epoch or (lambda row: None)
+    identity = runs.identity(model, split, config)
+    model = copy.deepcopy(model)  # the caller's keeps its first weights
+    state = runs.find_or_refuse(folder, identity)
+    refuse_unshared(folder, state)
+    if state["finished"]:
+        for row in state["history"]:
+            hook(row)
+        return runs.result(folder, model, state)
+    with idle_threads(folder):
+        learner = Learner(model, split, config, folder)
+        state = learner.begin(identity)
+        for row in state["history"]:
+            hook(row)
+        while not state["finished"]:
+            row = learner.epoch(on_grad)
+            learner.record(state, row)
+            if state["finished"] or row["epoch"] % every == 0:
+                learner.save(state)
+            learner.accelerator.print(line(folder.name, row, config.epochs), flush=True)
+            hook(row)
+        return runs.result(folder, learner.finish(), state)
 
 
 def line(name: str, row: dict, epochs: int) -> str:
     """What is printed of an epoch."""
     accuracies = f"train {row['train_accuracy']:.2%}  val {row['val_accuracy']:.2%}"
-    rates = f"lr {row['lr']:.4f}  loss {row['train_loss']:.3f}"
-    return f"{name} epoch {row['epoch']:3d}/{epochs}  {rates}  {accuracies}  {row['seconds']:.0f} s"
+    rates = f"lr {row['lr']:.4f}  loss {row['train_loss']:.3f}  {accuracies}"
+    return f"{name} epoch {row['epoch']:3d}/{epochs}  {rates}  {row['seconds']:.0f} s"
 
 
 class Learner:
@@ -69,11 +71,14 @@ class Learner:
         self.gammas = slimming.trained_gammas(model) if config.lam else []
         named = dict(model.named_parameters())
         self.watched = named[choose("parameter", config.watch, named)] if config.watch else None
-        runs.keep_freed_memory()
+        measure.keep_freed_memory()
         AcceleratorState._reset_state()  # so that a second run may choose another precision
         precision = native_precision(config.precision, model)
-        self.notes = dict(commit=runs.commit(), precision=precision)
-        self.accelerator = Accelerator(mixed_precision=precision)
+        self.notes = dict(commit=measure.COMMIT, precision=precision)
+        # Without these, variables of the environment would choose.
+        own = dict(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        self.accelerator = Accelerator(mixed_precision=precision, dynamo_backend="no", **own)
+        refuse_unknown_ways(self.accelerator)
         self.device = self.accelerator.device
         self.share = self.accelerator.process_index, self.accelerator.num_processes
         self.val, images = split.val.to(self.device), split.train.to(self.device)
@@ -82,32 +87,31 @@ class Learner:
         optimizer = make_optimizer(model.to(memory_format=torch.channels_last), config)
         self.net, self.optimizer = self.accelerator.prepare(model, optimizer)
 
-    def begin(self, state: dict) -> None:
-        """Go on where a saved state ends; try now whether the folder can be written, and shared."""
-        identity = {part: state[part] for part in ("config", "spec", "data")}
-        if self.accelerator.is_main_process:
-            write_file(self.folder / "config.json", json.dumps(identity, indent=1))
+    def begin(self, identity: dict) -> dict:
+        """Claim the run and return its state, from which training goes on."""
+        self.owner = runs.claim(self.folder) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
-        if not (self.folder / "config.json").exists():
-            raise WorkbookError(f"{self.folder} is not that of the main process; share it")
-        for key, value in self.notes.items():
-            known = state[key].split(", ") if key in state else []  # it may go on elsewhere
-            state[key] = ", ".join(dict.fromkeys([*known, value]))
+        state = runs.find_or_refuse(self.folder, identity)  # as its last owner left it
+        refuse_unshared(self.folder, state)
+        machines = measure.distinct(gather_object([measure.machine(self.device)]))
+        state["parts"] += [dict(self.notes, machines=machines, epochs=0, seconds=0.0)]
         if state["history"]:
             self.loader.epoch = len(state["history"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state
 
     def epoch(self, on_grad=None) -> dict:
         """Train on all images once, then validate: a row of the history."""
         started = time.perf_counter()
         row = dict(epoch=self.loader.epoch + 1) | train_epoch(self, on_grad)
+        trained = time.perf_counter() - started
         found = evaluate(self.net, self.val, self.spec, accelerator=self.accelerator)
         row |= {f"val_{key}": value for key, value in found.items()}
         row["seconds"] = time.perf_counter() - started
-        return row | dict(images_per_s=len(self.loader.images) / row["seconds"])
+        return row | dict(images_per_s=len(self.loader.images) / trained)
 
     def record(self, state: dict, row: dict) -> None:
         """Add an epoch to a state: history, best weights, whether the run is finished."""
@@ -120,6 +124,8 @@ class Learner:
         state["finished"] = out_of_patience or row["epoch"] == config.epochs
         state["best"], state["seconds"] = best, state["seconds"] + row["seconds"]
         state["history"].append(row)
+        part = state["parts"][-1]
+        part["epochs"], part["seconds"] = part["epochs"] + 1, part["seconds"] + row["seconds"]
 
     def save(self, state: dict) -> None:
         """Write the run as it stands; one process does."""
@@ -127,7 +133,7 @@ class Learner:
             scaler = self.accelerator.scaler
             state |= dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             state["scaler"] = scaler and scaler.state_dict()
-            runs.save_run(self.folder, state, self.device)
+            runs.save_run(self.folder, state, self.owner)
 
     def finish(self) -> nn.Module:
         """Wait for the other processes; the model, unwrapped, on the CPU."""
@@ -160,8 +166,7 @@ def train_epoch(learner: Learner, on_grad=None) -> dict:
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
         whole = min(config.batch_size, len(loader.images) - i * config.batch_size)
         backward(learner, x, y, whole, sums[:3])
-        # unscales, and returns the norm as it was before
-        norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+        norm = accelerator.clip_grad_norm_(net.parameters(), config.clip or math.inf)  # unscales
         sums[3] += torch.nan_to_num(norm, 0, 0)  # with fp16 a step may overflow, and is skipped
         if learner.watched is not None:
             scale = (norm / config.clip).clamp(min=1) if config.clip else 1
@@ -201,12 +206,31 @@ def backward(learner: Learner, x, y, whole: int, sums) -> None:
         sums += torch.stack([loss.detach(), correct, xs.new_tensor(len(ys))])
 
 
+def refuse_unshared(folder: Path, state: dict) -> None:
+    """Raise WorkbookError unless all processes have found the same state."""
+    owner = folder / "owner"
+    seen = len(state["history"]), owner.exists() and owner.read_text()
+    if len(set(gather_object([seen]))) > 1:
+        raise WorkbookError(f"not all processes find the same run in {folder}; share it")
+
+
+def refuse_unknown_ways(accelerator: Accelerator) -> None:
+    """Raise WorkbookError for ways to train that accelerate takes from its environment."""
+    started, used = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    if started != used:
+        problem = f"{started} processes were started, but each would train alone"
+        raise WorkbookError(f"{problem}; set ACCELERATE_USE_CPU=1, or start one")
+    way = accelerator.distributed_type.value
+    if way != "NO" and not way.startswith("MULTI"):
+        raise WorkbookError(f"{way} is not tried with this workbook; use several GPUs or CPUs")
+
+
 def refuse_divergence(learner: Learner, loss: float) -> None:
     finite = all(p.isfinite().all() for p in learner.model.parameters())
-    if not math.isfinite(loss) or not finite:  # the last step's loss is not known yet
+    if not finite or not math.isfinite(loss):  # the last step's loss is not known yet
         what = "weights" if math.isfinite(loss) else "loss"
-        advice = f"lower lr={learner.config.lr} or set clip=1.0"
-        raise WorkbookError(f"the {what} became infinite in epoch {learner.loader.epoch}; {advice}")
+        problem = f"the {what} became infinite in epoch {learner.loader.epoch}"
+        raise WorkbookError(f"{problem}; lower lr={learner.config.lr} or set clip=1.0")
 
 
 @contextlib.contextmanager
@@ -216,7 +240,7 @@ def idle_threads(folder: Path):
     if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != CORES:
         yield
         return
-    idle = runs.idle_cores()
+    idle = measure.idle_cores()
     threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
     if (folder / "checkpoint.pt").exists():
         with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew

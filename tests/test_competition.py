@@ -25,8 +25,8 @@ def pictures(n):
 @pytest.mark.parametrize("n", (1, 7))
 def test_reads_what_pickle_writes(tmp_path, n, protocol):
     x = pictures(n)
-    read = competition.read_images(dump(tmp_path / "test.pkl", {b"data": x}, protocol))
-    assert read.dtype == torch.uint8 and np.array_equal(read.permute(0, 2, 3, 1).numpy(), x)
+    read, ids = competition.read_images(dump(tmp_path / "test.pkl", {b"data": x}, protocol))
+    assert ids == list(range(n)) and read.dtype == torch.uint8 and np.array_equal(read.permute(0, 2, 3, 1).numpy(), x)
 
 
 def test_reads_keys_written_by_python_2(tmp_path):
@@ -36,21 +36,41 @@ def test_reads_keys_written_by_python_2(tmp_path):
     (tmp_path / "test.pkl").write_bytes(raw[:key_is_built] + b"0U\x04data" + raw[key_is_built:])  # 0: drop Python 3's
     with pytest.raises(UnicodeDecodeError):
         pickle.loads(raw[:key_is_built] + b"0U\x01\xff" + raw[key_is_built:])
-    assert competition.read_images(tmp_path / "test.pkl").shape == (2, 3, 32, 32)
+    assert competition.read_images(tmp_path / "test.pkl")[0].shape == (2, 3, 32, 32)
 
 
 def test_submission_of_100_000_images(tmp_path, sample):
-    path = dump(tmp_path / "test.pkl", {b"data": np.broadcast_to(pictures(1), (100_000, 32, 32, 3)).copy(), b"ids": [1, 2]})
-    x = competition.read_images(path)
+    path = dump(tmp_path / "test.pkl", {b"data": np.broadcast_to(pictures(1), (100_000, 32, 32, 3)).copy()})
+    x, ids = competition.read_images(path)
     labels = torch.arange(len(x)) % 10
-    lines = competition.write_submission(tmp_path / "submission.csv", labels).read_text().splitlines()
+    lines = competition.write_submission(tmp_path / "submission.csv", ids, labels).read_text().splitlines()
     assert lines[0] == "ID,Labels" and lines[1] == "0,0" and lines[-1] == "99999,9" and len(lines) == 100_001
 
 
+@pytest.mark.parametrize("ids", ([105, 3, 77], np.array([105, 3, 77]), (105, 3, 77)))
+def test_ids_of_the_file_are_those_of_the_submission(tmp_path, ids):
+    _, read = competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(3), b"ids": ids}))
+    lines = competition.write_submission(tmp_path / "submission.csv", read, [7, 8, 9]).read_text().splitlines()
+    assert lines == ["ID,Labels", "105,7", "3,8", "77,9"]
+
+
+@pytest.mark.parametrize("ids", ([1, 2], [1, 2, 2], [1, 2, 3.5], "abc", 7, [[1], [2], [3]]))
+def test_ids_that_are_none_are_refused(tmp_path, ids):
+    with pytest.raises(WorkbookError, match='b"ids" that are not 3 different numbers'):
+        competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(3), b"ids": ids}))
+
+
+def test_rows_in_the_layout_of_cifar_are_the_same_images(tmp_path):
+    x = pictures(3)
+    rows = x.transpose(0, 3, 1, 2).reshape(3, 3072)
+    read, _ = competition.read_images(dump(tmp_path / "test.pkl", {b"data": rows}))
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), x) and read.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_predictions_of_one_image_make_one_line(tmp_path, sample):
-    x = competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(1)}))
+    x, ids = competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(1)}))
     logits = evaluate.predict(build("fastnet", width=4), Images(x, torch.zeros(len(x), dtype=torch.long)), sample.spec, tta=2)
-    lines = competition.write_submission(tmp_path / "submission.csv", logits.argmax(1)).read_text().splitlines()
+    lines = competition.write_submission(tmp_path / "submission.csv", ids, logits.argmax(1)).read_text().splitlines()
     assert lines == ["ID,Labels", f"0,{int(logits.argmax())}"]
 
 

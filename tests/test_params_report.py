@@ -77,6 +77,7 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
     monkeypatch.setattr(params, "standard", True)
     figure = plt.subplots()[0]
     report.write_file(tmp_path / "run" / "history.csv", "epoch,val_accuracy\n1,0.5\n")
+    report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest))
     path = report.write_report("lab", "quick", "Title", ["text ![](plot)"], dict(plot=figure), [manifest])
     assert path.is_relative_to(tmp_path) and "quick" in path.read_text()
     assert (path.parent / "figures" / "lab_plot.png").stat().st_size > 1000
@@ -84,6 +85,26 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
     assert (path.parent / "runs" / "run.csv").read_text() == "epoch,val_accuracy\n1,0.5\n"
     assert "run" in (path.parent / "README.md").read_text()
     assert report.report_folder("laptop") == report.ROOT / "reports"
+
+
+def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
+    """A run of that name was trained here, but the report is about one of another machine."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    report.write_file(tmp_path / "run" / "history.csv", "epoch,val_accuracy\n1,0.5\n")
+    report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest | dict(seconds=61)))
+    path = report.write_report("lab", "quick", "Title", ["text"], {}, [manifest])
+    assert (path.parent / "runs" / "run.json").exists() and not (path.parent / "runs" / "run.csv").exists()
+
+
+def test_a_run_of_two_machines_names_both(manifest):
+    other = manifest["machine"] | dict(cpu="y", threads=1)
+    parts = [dict(machines=[manifest["machine"]]), dict(machines=[other])]
+    assert "min on x, 2 threads, then on y, 1 threads, torch" in report.provenance(manifest | dict(parts=parts))
+
+
+def test_columns_say_what_they_hold():
+    row = dict(lr=0.05, weight_decay=5e-4, minutes=3.5, seconds=12.34, loss=1.5, accuracy=0.5)
+    assert [report.cell(*item) for item in row.items()] == ["0.05", "0.0005", "3.5", "12.3", "1.500", "50.00%"]
 
 
 def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatch):
@@ -158,7 +179,7 @@ def test_mean_and_deviation_say_n():
     assert report.mean_std([0.5]) == "50.00% (n = 1)" and report.mean_std([]) == "not run"
 
 
-def test_test_images_are_measured_once(tmp_path, monkeypatch):
+def test_test_images_are_measured_once(tmp_path, monkeypatch, sample):
     calls = []
     monkeypatch.setattr(report, "evaluate", lambda model, images, spec, tta: calls.append(tta) or dict(accuracy=0.5 + tta / 10))
     (tmp_path / "run.json").write_text("{}")
@@ -167,7 +188,14 @@ def test_test_images_are_measured_once(tmp_path, monkeypatch):
         manifest = json.loads((tmp_path / "run.json").read_text())
         return types.SimpleNamespace(model=None, manifest=manifest, folder=tmp_path)
 
-    split = types.SimpleNamespace(test=None, spec=None)
+    split = types.SimpleNamespace(test=sample.test, spec=None)
     for _ in range(2):
         assert [report.tested(loaded(), split, tta)["accuracy"] for tta in (0, 1, 2)] == [0.5, 0.6, 0.7]
     assert calls == [0, 1, 2]
+    other = types.SimpleNamespace(test=sample.test[:40], spec=None)
+    with pytest.raises(WorkbookError, match="was tested on other images"):
+        report.tested(loaded(), other)
+    before = json.loads((tmp_path / "run.json").read_text())
+    del before["test"]["pixels"]  # made before digests
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    assert report.tested(loaded(), other)["accuracy"] == 0.5

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pickle
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +58,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path
     whole = fit(network(), small, config, tmp_path / "whole")
     with pytest.raises(Stop):
         fit(network(), small, config, tmp_path / "parts", on_epoch=stop_after(1))
-    resumed = fit(network(seed=9), small, config, tmp_path / "parts")  # whatever weights the model comes with
+    resumed = fit(network(), small, config, tmp_path / "parts")
     assert same(weights(whole.model), weights(resumed.model))
     ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts")]
     assert same(*ends)
@@ -67,48 +69,99 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer, small, tmp_path
 def test_a_run_names_every_commit_and_precision_it_was_trained_with(small, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, epochs=3)
     for epoch, commit, precision in ((1, "aaa", "no"), (2, "bbb+", "bf16"), (3, "bbb+", "no")):
-        monkeypatch.setattr(runs, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(measure, "COMMIT", commit)
         monkeypatch.setattr(train, "native_precision", lambda *_, precision=precision: precision)
         with contextlib.suppress(Stop):
             fit(network(), small, config, tmp_path / "run", on_epoch=stop_after(epoch) if epoch < 3 else None)
     manifest = fit(network(), small, config, tmp_path / "run").manifest
     assert manifest["commit"] == "aaa, bbb+" and manifest["precision"] == "no, bf16"
     assert manifest["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert [(part["commit"], part["precision"], part["epochs"]) for part in manifest["parts"]] == [
+        ("aaa", "no", 1), ("bbb+", "bf16", 1), ("bbb+", "no", 1)
+    ]  # fmt: skip
+    assert sum(part["seconds"] for part in manifest["parts"]) == pytest.approx(manifest["seconds"])
+    assert all(part["machines"] == [manifest["machine"]] for part in manifest["parts"])
 
 
-def test_killed_process_resumes_exactly(small, tmp_path):
+SCRIPT = """
+import random, sys, time, torch
+from tests.test_train import CONFIG, network
+from common.data import Split, load
+from common.train import fit
+s = load('cifar10-sample')
+torch.set_num_threads(1)
+small = Split(s.train[:100], s.val[:40], s.test[:40], s.spec, s.class_names)
+pause = float(sys.argv[2])
+fit(network(), small, CONFIG, sys.argv[1], on_grad=lambda model: time.sleep(pause * random.random()))
+"""
+
+
+def start(folder, pause):
+    """A process that trains the run in `folder`; it sleeps up to `pause` seconds in each step."""
+    how = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(pause)], **how)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert start(folder, 0).wait() == 0
+    return folder
+
+
+def is_undisturbed(folder, undisturbed):
+    """Manifest, history, checkpoint and best weights are those of a training that nothing disturbed."""
+    state, expected = (runs.load_checkpoint(place / "checkpoint.pt") for place in (folder, undisturbed))
+    assert same(state["model"], expected["model"]) and same(state["best"]["state_dict"], expected["best"]["state_dict"])
+    assert same(runs.load_model(folder).state_dict(), expected["best"]["state_dict"])
+    manifest = runs.load_manifest(folder)
+    assert manifest["finished"] and manifest["best"] == runs.load_manifest(undisturbed)["best"]
+    assert sum(part["epochs"] for part in manifest["parts"]) == len(state["history"]) == CONFIG.epochs
+    plain = lambda rows: [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+    assert plain(state["history"]) == plain(expected["history"])
+
+
+def test_killed_process_resumes_exactly(undisturbed, tmp_path):
     """kill -9 in the middle of an epoch: the next process ends with the weights of an undisturbed one."""
-    script = (
-        "import sys, torch\n"
-        "from tests.test_train import CONFIG, network\n"
-        "from common.data import Split, load\n"
-        "from common.train import fit\n"
-        "s = load('cifar10-sample')\n"
-        "torch.set_num_threads(1)\n"
-        "fit(network(), Split(s.train[:100], s.val[:40], s.test[:40], s.spec, s.class_names), CONFIG, sys.argv[1],\n"
-        "    on_grad=lambda model: __import__('time').sleep(float(sys.argv[2])))\n"
-    )
-    start = lambda folder, pause: subprocess.Popen([sys.executable, "-c", script, str(folder), pause], cwd=ROOT)
-    killed = start(tmp_path / "killed", "0.3")
+    killed = start(tmp_path / "run", 0.6)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     killed.kill()
     killed.wait()
-    saved = runs.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")
-    assert 1 <= len(saved["history"]) < CONFIG.epochs
-    for name in ("killed", "whole"):
-        assert start(tmp_path / name, "0").wait() == 0
-    ends = [runs.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
-    assert same(ends[0]["model"], ends[1]["model"]) and same(ends[0]["best"]["state_dict"], ends[1]["best"]["state_dict"])
+    assert 1 <= len(runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) < CONFIG.epochs
+    assert start(tmp_path / "run", 0).wait() == 0
+    is_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("ROUNDS", 3))))
+def test_two_processes_on_one_run(seed, undisturbed, tmp_path):
+    """They sleep, are stopped, go on and are killed at random: one run, all of it of the same training."""
+    chance = random.Random(seed)
+    folder, living, deadline = tmp_path / "run", [], time.monotonic() + 120
+    while time.monotonic() < deadline:
+        living = [process for process in living if process.poll() is None]
+        if not living and (folder / "best.pt").exists():
+            break
+        while len(living) < 2 and not (folder / "best.pt").exists():
+            living.append(start(folder, chance.choice((0, 0.3, 1))))
+        time.sleep(chance.uniform(0.5, 3))
+        for process in living:
+            what = chance.choice((signal.SIGSTOP, signal.SIGCONT, signal.SIGCONT, signal.SIGKILL, None))
+            if what:
+                process.send_signal(what)
+    for process in living:
+        process.kill()
+    assert start(folder, 0).wait() == 0, "whoever asks for it gets the finished run"
+    is_undisturbed(folder, undisturbed)
 
 
 def test_finished_run_is_loaded_not_trained(small, tmp_path):
     first = fit(network(), small, CONFIG, tmp_path / "run")
     touched = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
     rows = []
-    again = fit(network(seed=5), small, CONFIG, tmp_path / "run", on_epoch=rows.append)
+    again = fit(network(), small, CONFIG, tmp_path / "run", on_epoch=rows.append)
     assert same(weights(first.model), weights(again.model)) and rows == again.history == first.history
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == touched
 
@@ -161,13 +214,18 @@ def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
     assert seen == [0, 2, 2, 4, 5]
 
 
+def sizes_of_training_images(sizes):
+    def hook(module, inputs):
+        if module.training:
+            sizes.append(inputs[0].shape[2])
+
+    return hook
+
+
 def test_low_resolution_for_the_first_share_of_the_epochs(small, tmp_path):
     for epochs, share, low in ((4, 0.5, (24, 24)), (3, 0.5, (24, 24)), (2, 0.25, (24,)), (5, 0.5, (20, 20, 28))):
         sizes, model = [], network()
-        seen = functools.partial(
-            lambda sizes, module, inputs: sizes.append(inputs[0].shape[2]) if module.training else None, sizes
-        )
-        model.register_forward_pre_hook(seen)
+        model.register_forward_pre_hook(sizes_of_training_images(sizes))
         config = dataclasses.replace(CONFIG, epochs=epochs, batch_size=100, low_res=share, low_sizes=tuple(sorted(set(low))))
         fit(model, small, config, tmp_path / f"run{epochs}")
         assert sizes == [*low, *[32] * (epochs - len(low))]
@@ -368,7 +426,7 @@ def test_processes_that_cannot_share_the_work_are_refused(small, tmp_path, monke
         Loader(small.train, small.spec, 11, share=(0, 4))
     Loader(small.train, small.spec, 11, share=(0, 1))
     monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, 1])
-    with pytest.raises(WorkbookError, match="same checkpoint"):
+    with pytest.raises(WorkbookError, match="not all processes find the same run"):
         fit(network(), small, CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -459,7 +517,7 @@ def free_threads(monkeypatch):
 
 
 def busy(monkeypatch, cores):
-    monkeypatch.setattr(runs, "idle_cores", lambda: 4 - cores)
+    monkeypatch.setattr(measure, "idle_cores", lambda: 4 - cores)
 
 
 @pytest.mark.parametrize("cores,threads", ((-60, 4), (0, 4), (0.3, 4), (1, 3), (2, 2), (3, 1), (4, 1)))
@@ -550,7 +608,7 @@ def test_select_says_which_epoch_is_kept(small, tmp_path):
     for select, epoch in (("best", 2), ("last", 3)):
         config = dataclasses.replace(CONFIG, select=select, epochs=3)
         learner = train.Learner(network(), small, config, tmp_path / select)
-        state = dict(history=[], best=None, seconds=0.0, finished=False)
+        state = dict(history=[], best=None, seconds=0.0, finished=False, parts=[dict(epochs=0, seconds=0.0)])
         for number, accuracy in enumerate((0.1, 0.3, 0.2), 1):
             learner.model.fc.bias.data.fill_(number)
             learner.record(state, dict(epoch=number, val_accuracy=accuracy, seconds=1.0))
@@ -604,7 +662,7 @@ def test_scores_agree_with_their_definitions(tta, small):
     with torch.no_grad():
         logits = evaluate.views(model, augment.normalise(images.x, small.spec), tta)
     scores = evaluate.evaluate(model.train(), images, small.spec, batch_size=33, tta=tta)
-    assert not model.training
+    assert model.training, "as it was before"
     chosen = logits.gather(1, images.y[:, None])
     assert scores["loss"] == pytest.approx(float((logits.logsumexp(1) - chosen[:, 0]).mean()), rel=1e-4)
     better = (logits > chosen).sum(1)
@@ -658,16 +716,150 @@ def test_dropout_differs_between_epochs_and_repeats_when_resumed(small, tmp_path
     assert first != second and second == again
 
 
-def test_identity_tells_data_apart_and_digest_weights(small):
-    other = Split(small.train[:99], small.val, small.test, small.spec, small.class_names)
-    turned = Split(Images(small.train.x, small.train.y.flip(0)), small.val, small.test, small.spec, small.class_names)
-    marks = [runs.identity(network(), split, CONFIG)["data"] for split in (small, other, turned)]
-    assert marks[0] != marks[1] and marks[0] != marks[2] and len(marks[0]["sha256"]) == 16
+def with_training_images(split, x, y):
+    return Split(Images(x, y), split.val, split.test, split.spec, split.class_names)
+
+
+def test_different_things_are_different_runs(small, tmp_path):
+    """Fewer images, other labels, black images, other first weights: none is taken for the finished run."""
+    fit(network(), small, CONFIG, tmp_path / "run")
+    x, y = small.train.x, small.train.y
+    fewer, turned = with_training_images(small, x[:99], y[:99]), with_training_images(small, x, y.flip(0))
+    black = with_training_images(small, torch.zeros_like(x), y)
+    for what, model, split in (
+        ("train", network(), fewer),
+        ("sha256", network(), turned),
+        ("pixels", network(), black),
+        ("weights", network(seed=1), small),
+    ):
+        with pytest.raises(WorkbookError, match=f"holds a run with {what}="):
+            fit(model, split, CONFIG, tmp_path / "run")
     assert runs.digest(network()) == runs.digest(network()) != runs.digest(network(seed=1))
+
+
+def test_first_weights_are_the_same_but_for_the_last_bits():
+    one, other = network(), network()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1 + 1e-7)
+    assert runs.digest(one) != runs.digest(other) and runs.fingerprint(one) == runs.fingerprint(other)
+
+
+def test_a_run_made_before_digests_is_loaded_and_goes_on(small, tmp_path, capsys):
+    with pytest.raises(Stop):
+        fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = runs.load_checkpoint(path)
+    del state["data"]["pixels"], state["start"], state["parts"]
+    path.write_bytes(runs.torch_bytes(state | dict(commit="aaa", precision="no")))
+    run = fit(network(), small, CONFIG, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "made before digests, so its pixels are not compared" in told and "its weights are not compared" in told
+    assert len(run.history) == CONFIG.epochs and run.manifest["commit"].startswith("aaa, ")
+    assert [part["epochs"] for part in run.manifest["parts"]] == [1, 2] and run.manifest["data"].get("pixels") is None
+
+
+def test_a_process_that_slept_overwrites_nothing(small, tmp_path):
+    """Another one takes the run over and ends it meanwhile; the first stops at its next save."""
+    folder = tmp_path / "run"
+
+    def meanwhile(row):
+        if row["epoch"] == 2:
+            fit(network(), small, CONFIG, folder)
+            runs.save_result(folder, test=dict(accuracy=0.5))
+
+    with pytest.raises(WorkbookError, match="is trained by another process now; this one stops"):
+        fit(network(), small, CONFIG, folder, on_epoch=meanwhile)
+    manifest = runs.load_manifest(folder)
+    assert manifest["finished"] and manifest["test"] == dict(accuracy=0.5)
+    assert same(runs.load_model(folder).state_dict(), runs.load_checkpoint(folder / "checkpoint.pt")["best"]["state_dict"])
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_loaded(small, tmp_path, monkeypatch):
+    claim = runs.claim
+
+    def late(folder):  # between looking for the run and claiming it
+        monkeypatch.setattr(runs, "claim", claim)
+        fit(network(), small, CONFIG, folder)
+        before.append((folder / "checkpoint.pt").read_bytes())
+        return claim(folder)
+
+    before = []
+    monkeypatch.setattr(runs, "claim", late)
+    run = fit(network(), small, CONFIG, tmp_path / "run")
+    assert len(run.history) == CONFIG.epochs and (tmp_path / "run" / "checkpoint.pt").read_bytes() == before[0]
+
+
+def test_a_process_that_stopped_while_saving_is_named(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.filelock, "FileLock", functools.partial(runs.filelock.FileLock, is_singleton=False))
+    with pytest.raises(WorkbookError, match="stopped while it was saving"), runs.locked(tmp_path):
+        lock = runs.filelock.FileLock(tmp_path / "lock", timeout=0.1)
+        monkeypatch.setattr(runs.filelock, "FileLock", lambda *_, **__: lock)
+        with runs.locked(tmp_path):
+            pass
+
+
+def test_an_exception_leaves_the_model_as_it_was(small, tmp_path):
+    model, config = network(), dataclasses.replace(CONFIG, precision="bf16")
+    before = copy.deepcopy(weights(model))
+    with pytest.raises(Stop):
+        fit(model, small, config, tmp_path / "a", on_epoch=stop_after(1))
+    assert same(weights(model), before) and "forward" not in vars(model)
+    fit(model, small, config, tmp_path / "b")
+    assert same(weights(model), before), "a finished run is another model"
+
+
+def test_processes_that_would_train_alone_are_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(WorkbookError, match="2 processes were started, but each would train alone"):
+        fit(network(), small, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environment_of_accelerate_changes_nothing(small, tmp_path, monkeypatch):
+    plain = fit(network(), small, CONFIG, tmp_path / "plain")
+    for name, value in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+    ):
+        monkeypatch.setenv(name, value)
+    told = fit(network(), small, CONFIG, tmp_path / "told")
+    assert same(weights(plain.model), weights(told.model)) and plain.manifest["precision"] == told.manifest["precision"]
+
+
+def test_evaluating_in_a_hook_leaves_the_mode(small, tmp_path):
+    modes = []
+
+    def hook(model):
+        modes.append(model.training)
+        evaluate.evaluate(model, small.val, small.spec)
+
+    fit(network(), small, dataclasses.replace(CONFIG, epochs=1), tmp_path / "run", on_grad=hook)
+    assert modes and all(modes)
+
+
+def test_speed_is_that_of_training_alone(small, tmp_path, monkeypatch):
+    slow = lambda *words, **named: time.sleep(0.5) or evaluate.evaluate(*words, **named)
+    monkeypatch.setattr(train, "evaluate", slow)
+    row = fit(network(), small, dataclasses.replace(CONFIG, epochs=1), tmp_path / "run").history[0]
+    assert row["images_per_s"] > 100 / (row["seconds"] - 0.4)
 
 
 def test_the_commit_is_that_of_git():
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout")
     head = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True)
-    assert head.startswith(runs.commit().removesuffix("+"))
+    assert head.startswith(measure.commit().removesuffix("+"))
+
+
+def test_the_commit_is_not_that_of_another_repository(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+    git("init")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "other")
+    own = measure.commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert measure.commit() == own
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr(measure, "ROOT", tmp_path / "unpacked")
+    assert measure.commit() == "unknown"
