@@ -9,7 +9,7 @@ LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test lab1 lab2 assignment bench clean
+.PHONY: demo test test-long lab1 lab2 assignment bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,7 +44,10 @@ endef
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval-lax -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --nbval-lax -n 2 --dist loadscope
+
+test-long: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadgroup tests/long_scales.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loader

@@ -1,8 +1,6 @@
-"""Shared fixtures: small data, warmed-up networks, folders that are thrown away."""
+"""Shared fixtures: small data, warmed-up networks."""
 
 import functools
-import os
-import tempfile
 
 import pytest
 import torch
@@ -10,15 +8,6 @@ import torch
 from common.augment import normalise
 from common.data import Images, Split, load
 from common.models import MODELS, build
-
-# Runs of tests and of notebooks under nbval go to a folder of their own, so that no old run is met.
-os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="workbook-runs-")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if hasattr(item, "output_timeout"):  # nbval waits 5 s for each message, too short on a loaded machine
-            item.output_timeout = 120
 
 
 @pytest.fixture(scope="session")

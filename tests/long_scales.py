@@ -1,0 +1,47 @@
+"""Every lesson runs at the scales that no test can afford, in a small world; what one leaves, the next one takes."""
+
+import json
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from common import ROOT
+
+LESSONS = (  # in the order in which they build on each other
+    "Lab1/baseline", "Lab1/advanced", "Lab1/speedrun", "Lab1/under_5m", "Lab1/cifar100",
+    "Lab2/sparsity_train", "Lab2/modelprune", "Lab2/train_prune_model", "Assignment_MobileNet/hyperparameter_study",
+)  # fmt: skip
+INSTALL = "from tests import small_world\n\nsmall_world.install()"
+
+
+def run(lesson, scale, folder, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / f"{lesson}.ipynb", as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    given = f"# Parameters\nscale = {scale!r}"
+    given += "\nworkers = 1" * (lesson.startswith("Assignment"))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTALL))
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("laptop", "full")])
+def scale(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(scale, tmp_path_factory):
+    return tmp_path_factory.mktemp(scale)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_runs_at_its_scale(lesson, scale, folder, monkeypatch):
+    before = set(folder.rglob("run.json"))
+    run(lesson, scale, folder, monkeypatch)
+    made = set(folder.rglob("run.json")) - before
+    assert made or lesson == "Lab2/modelprune"
+    for path in made:
+        assert json.loads(path.read_text())["finished"]
