@@ -127,7 +127,7 @@ def result(folder: Path, model: nn.Module, state: dict) -> Run:
 
 def load_manifest(checkpoint) -> dict:
     """The manifest of a run's folder or a checkpoint: run.json there, or the .json of its name."""
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     beside = [path.with_suffix(".json"), path.parent / "run.json"]
     for place in [path / "run.json"] if path.is_dir() else beside:
         if place.is_file():
@@ -177,7 +177,7 @@ def load_checkpoint(path) -> dict:
 
     Raises WorkbookError if it is missing, truncated, not a checkpoint, or holds pickled code.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise WorkbookError(f"checkpoint {path} does not exist; train it or give another path")
     try:
@@ -197,7 +197,7 @@ def load_model(path, expect: str | None = None) -> nn.Module:
     `expect`: the architecture the caller can use. Raises WorkbookError for another one, or
     unusable files.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path = path / "best.pt" if path.is_dir() else path
     content = load_checkpoint(path)
     name = content["spec"].get("name", "nameless network")

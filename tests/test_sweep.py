@@ -146,6 +146,14 @@ def test_paths_of_storages_begin_at_the_repository(kind, runs, tmp_path, monkeyp
     assert (tmp_path / "here.db").exists() and not (tmp_path.parent / "here.db").exists()
 
 
+@pytest.mark.parametrize("sign", "%?#")
+def test_a_path_that_no_database_can_name_is_refused(sign, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / f"my{sign}runs"))
+    with pytest.raises(WorkbookError, match="a path of a storage must not hold %"):
+        sweep.open_study(config.read_study(write(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
 def test_a_mistake_on_the_command_line_queues_nothing(runs, tmp_path):
     path = write(tmp_path)
     with pytest.raises(WorkbookError, match="threads=0 is not legal"):
