@@ -63,7 +63,7 @@ def find_or_refuse(folder: Path, identity: dict) -> dict:
     state = dict(start={}) | load_checkpoint(folder / "checkpoint.pt")
     if "parts" not in state:  # nor were its machines recorded
         before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
-        state["parts"] = [before | {key: state[key] for key in ("commit", "precision")}]
+        state["parts"] = [before | {key: state.get(key, "?") for key in ("commit", "precision")}]
     state["config"] = as_json(TrainConfig()) | state["config"]  # older ones lack fields
     for part, wanted in identity.items():
         for key in {**state[part], **wanted}:
