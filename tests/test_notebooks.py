@@ -1,6 +1,7 @@
 """Notebooks as committed, and what they do with bad input. (`pytest --nbval-lax` runs their cells.)"""
 
 import ast
+import builtins
 import json
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def test_notebook_is_committed_clean(name):
 def test_parameter_files_name_parameters(path):
     cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
     source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    assert set(yaml.safe_load(path.read_text())) <= {node.target.id for node in ast.parse(source).body}
+    kinds = {node.target.id: getattr(builtins, node.annotation.id) for node in ast.parse(source).body}
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert isinstance(value, (kinds[name], int if kinds[name] is float else kinds[name])), f"{name}: {value!r}"
 
 
 def papermill(notebook, folder, *parameters):
