@@ -50,8 +50,9 @@ def read_images(path) -> tuple:
     shape, kind = getattr(found, "shape", ()), getattr(found, "dtype", type(found).__name__)
     if kind != np.uint8 or shape[1:] not in ((32, 32, 3), (3072,)) or not len(found):
         raise WorkbookError(f'{path} holds {kind} of shape {shape} under b"data"; {WANTED}')
-    ids = range(len(found)) if ids is None else np.asarray(ids).tolist()
-    whole = isinstance(ids, (list, range)) and all(isinstance(number, int) for number in ids)
+    ids = range(len(found)) if ids is None else ids
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    whole = isinstance(ids, (list, tuple, range)) and all(type(number) is int for number in ids)
     if not whole or len(ids) != len(found) or len(set(ids)) < len(ids):
         raise WorkbookError(f'{path} holds b"ids" that are not {len(found)} different numbers')
     if len(shape) == 2:

@@ -31,7 +31,7 @@ Share = Annotated[float, number(0, below=1)]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run. Two runs with equal configs, network and data are the same run.
+    """Every setting of a run. Two runs are the same if it, network, first weights and data are.
 
     Raises WorkbookError for an illegal value, and for settings that contradict each other.
     """

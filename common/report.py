@@ -149,6 +149,9 @@ def write_report(name, scale, title, parts: list, figures: dict, used: list) -> 
         body = body.replace(f"![]({key})", shown)
     for manifest in used:
         copy = folder / "runs" / manifest["name"]
+        published = Path(f"{copy}.json")
+        if published.exists() and not same_run(manifest, json.loads(published.read_text())):
+            Path(f"{copy}.csv").unlink(missing_ok=True)
         write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
         kept = runs.folder(manifest["name"])
         if (kept / "run.json").exists() and same_run(manifest, runs.load_manifest(kept)):

@@ -1,7 +1,7 @@
 """What does a run leave on disk, and how is it read back?
 
 Two runs are the same if their identities are. One process at a time may write a run: the last that
-claimed it. A manifest has an entry of `parts` for every process that trained a part of the run.
+claimed it. A manifest has an entry of `parts` for each time the run was begun or gone on with.
 """
 
 import contextlib
@@ -61,8 +61,10 @@ def find_or_refuse(folder: Path, identity: dict) -> dict:
     if not (folder / "checkpoint.pt").exists():
         return state | identity
     state = dict(start={}) | load_checkpoint(folder / "checkpoint.pt")
-    if "parts" not in state:  # nor were its machines recorded
+    if "parts" not in state:
         before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
+        with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
+            before["machines"] = [load_manifest(folder)["machine"]]
         state["parts"] = [before | {key: state.get(key, "?") for key in ("commit", "precision")}]
     state["config"] = as_json(TrainConfig()) | state["config"]  # older ones lack fields
     for part, wanted in identity.items():
@@ -87,12 +89,19 @@ def claim(folder: Path) -> str:
 @contextlib.contextmanager
 def locked(folder: Path):
     """One process at a time; the system lets go of it when that process dies."""
+    lock = filelock.FileLock(folder / "lock", timeout=120, mode=0o666)
     try:
-        with filelock.FileLock(folder / "lock", timeout=120):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         problem = "is held by a process that has stopped while it was saving"
         raise WorkbookError(f"{folder} {problem}; end that process") from None
+    except (OSError, NotImplementedError) as error:
+        advice = "make the folder writable, or choose another RUNS_DIR"
+        raise WorkbookError(f"{folder} cannot be locked ({error}); {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_run(folder: Path, state: dict, owner: str) -> None:
@@ -106,12 +115,15 @@ def save_run(folder: Path, state: dict, owner: str) -> None:
     keys = "finished", "seconds", "config", "spec", "data", "start", "parts"
     manifest |= {key: state[key] for key in keys}
     for key in ("commit", "precision"):  # it may have gone on elsewhere
-        manifest[key] = ", ".join(dict.fromkeys(part[key] for part in state["parts"]))
+        names = ", ".join(part[key] for part in state["parts"]).split(", ")
+        manifest[key] = ", ".join(dict.fromkeys(names))
     weights = dict(spec=state["spec"], state_dict=state["best"]["state_dict"])
     weights["meta"] = dict(run=folder.name, **best)
     with locked(folder):
-        if (folder / "owner").read_text() != owner:
-            raise WorkbookError(f"{folder} is trained by another process now; this one stops")
+        mark = folder / "owner"
+        if not mark.exists() or mark.read_text() != owner:
+            problem = "is trained by another process now, or was deleted"
+            raise WorkbookError(f"{folder} {problem}; this one stops")
         write_file(folder / "history.csv", csv_text(state["history"]))
         write_file(folder / "run.json", json.dumps(manifest, indent=1))
         if state["finished"]:
@@ -233,11 +245,16 @@ def digest(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Four digits of three weighted sums of the trained weights: tells starts apart.
+    """Four digits of three weighted sums of the trained weights, and of the norm of all else.
 
-    Unlike a digest it does not see the last bits, in which machines differ.
+    Tells starts apart; unlike a digest it does not see the last bits, in which machines differ,
+    nor the signs of whitening filters.
     """
-    trained = [p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad]
-    flat = torch.cat(trained)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    kinds = {True: [torch.zeros(3)], False: [torch.zeros(3)]}
+    for name, value in model.state_dict().items():
+        kinds[name in trained].append(value.detach().cpu().flatten())
+    flat, rest = (torch.cat([value.double() for value in values]) for values in kinds.values())
     waves = flat * torch.arange(len(flat), dtype=torch.float64).cos_()
-    return " ".join(f"{float(part.sum()):.4g}" for part in waves.chunk(3))
+    sums = [*(part.sum() for part in waves.chunk(3)), rest.norm()]
+    return " ".join(f"{float(value):.4g}" for value in sums)

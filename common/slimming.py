@@ -131,9 +131,10 @@ def _removed(model: nn.Module, masks: dict):
     groups = {group.name: (group, width) for group, width in zip(model.groups(), model.cfg)}
     for name, mask in masks.items():
         group, width = groups[choose("prune group", name, groups)]
-        if mask.dtype != torch.bool or mask.shape != (width,):
-            found = f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise WorkbookError(f"mask of {name!r} is {found}; give {width} booleans, True = kept")
+        shape, kind = getattr(mask, "shape", None), getattr(mask, "dtype", type(mask).__name__)
+        if kind != torch.bool or shape != (width,):
+            advice = f"give a tensor of {width} booleans, True = kept"
+            raise WorkbookError(f"mask of {name!r} is {kind} of shape {shape}; {advice}")
         yield group, mask
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object, parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -27,12 +27,13 @@ CORES = torch.get_num_threads()  # what torch takes where nothing is set
 def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, every=1):
     """Train, resume or load: the run in `folder` is finished and returned (`runs.Run`).
 
-    `on_grad(model)` is called between backward and optimizer step, `on_epoch(row)` after each
-    validation, for earlier epochs of a run at once. A checkpoint is written after `every` epochs;
-    a stopped run goes on from it, bit for bit the same on a CPU with as many threads. Raises
-    WorkbookError for a folder with other settings, divergence, and processes that cannot share.
+    `on_grad(model)` is called between backward and step, `on_epoch(row)` after each validation,
+    for earlier epochs of a run at once. From its checkpoint, after `every` epochs, a run goes on
+    bit for bit the same (CPU, as many threads). The model given keeps its weights. Raises
+    WorkbookError for another run in the folder, divergence, and processes that cannot share.
     """
     folder, hook = Path(folder), on_epoch or (lambda row: None)
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # or it would train alone
     identity = runs.identity(model, split, config)
     model = copy.deepcopy(model)  # the caller's keeps its first weights
     state = runs.find_or_refuse(folder, identity)
@@ -216,8 +217,7 @@ def refuse_unshared(folder: Path, state: dict) -> None:
 
 def refuse_unknown_ways(accelerator: Accelerator) -> None:
     """Raise WorkbookError for ways to train that accelerate takes from its environment."""
-    started, used = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    if started != used:
+    if (started := int(os.environ.get("WORLD_SIZE") or 1)) != accelerator.num_processes:
         problem = f"{started} processes were started, but each would train alone"
         raise WorkbookError(f"{problem}; set ACCELERATE_USE_CPU=1, or start one")
     way = accelerator.distributed_type.value

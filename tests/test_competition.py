@@ -54,7 +54,7 @@ def test_ids_of_the_file_are_those_of_the_submission(tmp_path, ids):
     assert lines == ["ID,Labels", "105,7", "3,8", "77,9"]
 
 
-@pytest.mark.parametrize("ids", ([1, 2], [1, 2, 2], [1, 2, 3.5], "abc", 7, [[1], [2], [3]]))
+@pytest.mark.parametrize("ids", ([1, 2], [1, 2, 2], [1, 2, 3.5], "abc", 7, [[1], [2], [3]], [[1], [2, 3], 4], [True, False, 3]))
 def test_ids_that_are_none_are_refused(tmp_path, ids):
     with pytest.raises(WorkbookError, match='b"ids" that are not 3 different numbers'):
         competition.read_images(dump(tmp_path / "test.pkl", {b"data": pictures(3), b"ids": ids}))

@@ -94,6 +94,10 @@ def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
     report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest | dict(seconds=61)))
     path = report.write_report("lab", "quick", "Title", ["text"], {}, [manifest])
     assert (path.parent / "runs" / "run.json").exists() and not (path.parent / "runs" / "run.csv").exists()
+    report.write_report("lab", "quick", "Title", ["text"], {}, [manifest | dict(seconds=61)])
+    assert (path.parent / "runs" / "run.csv").exists()
+    report.write_report("lab", "quick", "Title", ["text"], {}, [manifest])
+    assert not (path.parent / "runs" / "run.csv").exists(), "not that of an earlier report either"
 
 
 def test_a_run_of_two_machines_names_both(manifest):

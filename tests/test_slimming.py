@@ -160,12 +160,14 @@ def test_each_group_is_of_one_kind(network):
         assert not penalised & {id(norm.weight) for norm in norms}
 
 
-@pytest.mark.parametrize("mask", (torch.ones(3, dtype=torch.bool), torch.ones(64), torch.ones(64, 1, dtype=torch.bool)))
+@pytest.mark.parametrize(
+    "mask", (torch.ones(3, dtype=torch.bool), torch.ones(64), torch.ones(64, 1, dtype=torch.bool), [True] * 64)
+)
 def test_masks_are_checked(x, mask):
     model = warmed("resnet17", width=64)
     name = model.groups("inner")[0].name
     for use in (slimming.slim, slimming.apply_masks, lambda *both: slimming.fold_bias(*both, x)):
-        with pytest.raises(WorkbookError, match="give 64 booleans"):
+        with pytest.raises(WorkbookError, match="give a tensor of 64 booleans"):
             use(model, {name: mask})
 
 

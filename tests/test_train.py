@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -731,6 +732,7 @@ def test_different_things_are_different_runs(small, tmp_path):
         ("sha256", network(), turned),
         ("pixels", network(), black),
         ("weights", network(seed=1), small),
+        ("weights", slimming.recalibrate_bn(network(), [(small.val.x.float(), None)]), small),
     ):
         with pytest.raises(WorkbookError, match=f"holds a run with {what}="):
             fit(model, split, CONFIG, tmp_path / "run")
@@ -751,11 +753,13 @@ def test_a_run_made_before_digests_is_loaded_and_goes_on(small, tmp_path, capsys
     path = tmp_path / "run" / "checkpoint.pt"
     state = runs.load_checkpoint(path)
     del state["data"]["pixels"], state["start"], state["parts"]
-    path.write_bytes(runs.torch_bytes(state | dict(commit="aaa", precision="no")))
+    path.write_bytes(runs.torch_bytes(state | dict(commit="aaa, bbb", precision="no")))
+    runs.save_result(tmp_path / "run", machine=runs.load_manifest(tmp_path / "run")["machine"] | dict(cpu="older"))
     run = fit(network(), small, CONFIG, tmp_path / "run")
     told = capsys.readouterr().out
     assert "made before digests, so its pixels are not compared" in told and "its weights are not compared" in told
-    assert len(run.history) == CONFIG.epochs and run.manifest["commit"].startswith("aaa, ")
+    assert len(run.history) == CONFIG.epochs and run.manifest["commit"].startswith("aaa, bbb, ")
+    assert run.manifest["parts"][0]["machines"][0]["cpu"] == "older"
     assert [part["epochs"] for part in run.manifest["parts"]] == [1, 2] and run.manifest["data"].get("pixels") is None
 
 
@@ -768,7 +772,7 @@ def test_a_process_that_slept_overwrites_nothing(small, tmp_path):
             fit(network(), small, CONFIG, folder)
             runs.save_result(folder, test=dict(accuracy=0.5))
 
-    with pytest.raises(WorkbookError, match="is trained by another process now; this one stops"):
+    with pytest.raises(WorkbookError, match="is trained by another process now, or was deleted; this one stops"):
         fit(network(), small, CONFIG, folder, on_epoch=meanwhile)
     manifest = runs.load_manifest(folder)
     assert manifest["finished"] and manifest["test"] == dict(accuracy=0.5)
@@ -797,6 +801,18 @@ def test_a_process_that_stopped_while_saving_is_named(small, tmp_path, monkeypat
         monkeypatch.setattr(runs.filelock, "FileLock", lambda *_, **__: lock)
         with runs.locked(tmp_path):
             pass
+
+
+def test_a_folder_that_cannot_be_locked_or_was_deleted_is_named(small, tmp_path):
+    (tmp_path / "run" / "lock").mkdir(parents=True)
+    with pytest.raises(WorkbookError, match="cannot be locked"):
+        fit(network(), small, CONFIG, tmp_path / "run")
+
+    def delete(row):
+        shutil.rmtree(tmp_path / "gone")
+
+    with pytest.raises(WorkbookError, match="or was deleted; this one stops"):
+        fit(network(), small, CONFIG, tmp_path / "gone", on_epoch=delete)
 
 
 def test_an_exception_leaves_the_model_as_it_was(small, tmp_path):
