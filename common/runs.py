@@ -86,6 +86,11 @@ def claim(folder: Path) -> str:
         return owner
 
 
+def owner_of(folder: Path) -> str | None:
+    mark = folder / "owner"
+    return mark.read_text() if mark.exists() else None
+
+
 @contextlib.contextmanager
 def locked(folder: Path):
     """One process at a time; the system lets go of it when that process dies."""
@@ -120,10 +125,8 @@ def save_run(folder: Path, state: dict, owner: str) -> None:
     weights = dict(spec=state["spec"], state_dict=state["best"]["state_dict"])
     weights["meta"] = dict(run=folder.name, **best)
     with locked(folder):
-        mark = folder / "owner"
-        if not mark.exists() or mark.read_text() != owner:
-            problem = "is trained by another process now, or was deleted"
-            raise WorkbookError(f"{folder} {problem}; this one stops")
+        if owner_of(folder) != owner:
+            raise WorkbookError(f"{folder} has another owner now, or is gone; this process stops")
         write_file(folder / "history.csv", csv_text(state["history"]))
         write_file(folder / "run.json", json.dumps(manifest, indent=1))
         if state["finished"]:
@@ -245,16 +248,13 @@ def digest(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Four digits of three weighted sums of the trained weights, and of the norm of all else.
+    """Four digits of weighted sums of the trained weights, and of the squares of all else.
 
-    Tells starts apart; unlike a digest it does not see the last bits, in which machines differ,
-    nor the signs of whitening filters.
+    Unlike a digest it does not see last bits and whitening's signs, in which machines differ.
     """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    kinds = {True: [torch.zeros(3)], False: [torch.zeros(3)]}
-    for name, value in model.state_dict().items():
-        kinds[name in trained].append(value.detach().cpu().flatten())
-    flat, rest = (torch.cat([value.double() for value in values]) for values in kinds.values())
+    state = {name: v.detach().cpu().double().flatten() for name, v in model.state_dict().items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    flat = torch.cat([state.pop(name) for name in trained]) if trained else torch.zeros(3)
     waves = flat * torch.arange(len(flat), dtype=torch.float64).cos_()
-    sums = [*(part.sum() for part in waves.chunk(3)), rest.norm()]
-    return " ".join(f"{float(value):.4g}" for value in sums)
+    rest = sum(value.square().sum() for value in state.values())
+    return " ".join(f"{float(value):.4g}" for value in (*map(torch.sum, waves.chunk(3)), rest))

@@ -37,7 +37,7 @@ def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch
     identity = runs.identity(model, split, config)
     model = copy.deepcopy(model)  # the caller's keeps its first weights
     state = runs.find_or_refuse(folder, identity)
-    refuse_unshared(folder, state)
+    refuse_unshared(folder, len(state["history"]))
     if state["finished"]:
         for row in state["history"]:
             hook(row)
@@ -93,7 +93,7 @@ class Learner:
         self.owner = runs.claim(self.folder) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
         state = runs.find_or_refuse(self.folder, identity)  # as its last owner left it
-        refuse_unshared(self.folder, state)
+        refuse_unshared(self.folder, (len(state["history"]), runs.owner_of(self.folder)))
         machines = measure.distinct(gather_object([measure.machine(self.device)]))
         state["parts"] += [dict(self.notes, machines=machines, epochs=0, seconds=0.0)]
         if state["history"]:
@@ -207,10 +207,8 @@ def backward(learner: Learner, x, y, whole: int, sums) -> None:
         sums += torch.stack([loss.detach(), correct, xs.new_tensor(len(ys))])
 
 
-def refuse_unshared(folder: Path, state: dict) -> None:
-    """Raise WorkbookError unless all processes have found the same state."""
-    owner = folder / "owner"
-    seen = len(state["history"]), owner.exists() and owner.read_text()
+def refuse_unshared(folder: Path, seen) -> None:
+    """Raise WorkbookError unless all processes have seen the same."""
     if len(set(gather_object([seen]))) > 1:
         raise WorkbookError(f"not all processes find the same run in {folder}; share it")
 

@@ -772,7 +772,7 @@ def test_a_process_that_slept_overwrites_nothing(small, tmp_path):
             fit(network(), small, CONFIG, folder)
             runs.save_result(folder, test=dict(accuracy=0.5))
 
-    with pytest.raises(WorkbookError, match="is trained by another process now, or was deleted; this one stops"):
+    with pytest.raises(WorkbookError, match="has another owner now, or is gone; this process stops"):
         fit(network(), small, CONFIG, folder, on_epoch=meanwhile)
     manifest = runs.load_manifest(folder)
     assert manifest["finished"] and manifest["test"] == dict(accuracy=0.5)
@@ -811,7 +811,7 @@ def test_a_folder_that_cannot_be_locked_or_was_deleted_is_named(small, tmp_path)
     def delete(row):
         shutil.rmtree(tmp_path / "gone")
 
-    with pytest.raises(WorkbookError, match="or was deleted; this one stops"):
+    with pytest.raises(WorkbookError, match="or is gone; this process stops"):
         fit(network(), small, CONFIG, tmp_path / "gone", on_epoch=delete)
 
 
