@@ -47,7 +47,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --nbval-lax -n 2 --dist loadscope
 
 test-long: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadgroup tests/long_scales.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/long_scales.py  # in order: they build on each other
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loader
