@@ -727,7 +727,10 @@ def test_different_things_are_different_runs(small, tmp_path):
     x, y = small.train.x, small.train.y
     fewer, turned = with_training_images(small, x[:99], y[:99]), with_training_images(small, x, y.flip(0))
     black = with_training_images(small, torch.zeros_like(x), y)
+    turned_off = network()
+    turned_off.fc.weight.data.zero_()
     for what, model, split in (
+        ("weights", turned_off, small),
         ("train", network(), fewer),
         ("sha256", network(), turned),
         ("pixels", network(), black),
