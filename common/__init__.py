@@ -41,3 +41,23 @@ def write_file(path, data: bytes | str) -> Path:
         advice = "free some space or make the folder writable"
         raise WorkbookError(f"cannot write {path} ({error.strerror}); {advice}") from None
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One process at a time; the system lets go of it when that process dies."""
+    import filelock  # whoever only asks for a folder needs none
+
+    lock = filelock.FileLock(folder / "lock", timeout=120, mode=0o666)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        problem = "is held by a process that has stopped while it was saving"
+        raise WorkbookError(f"{folder} {problem}; end that process") from None
+    except (OSError, NotImplementedError) as error:
+        advice = "make the folder writable, or choose another RUNS_DIR"
+        raise WorkbookError(f"{folder} cannot be locked ({error}); {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()

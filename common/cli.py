@@ -7,10 +7,40 @@ from pathlib import Path
 import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 
-from common import WorkbookError, choose, data, models, params, report, runs, train
+from common import (
+    WorkbookError,
+    choose,
+    data,
+    measure,
+    models,
+    params,
+    report,
+    runs,
+    slimming,
+    train,
+    write_file,
+)
 from common.augment import normalise
-from common.config import DATA, FIELDS, TrainConfig, check_settings, config_and_network
+from common.config import (
+    DATA,
+    FIELDS,
+    Study,
+    TrainConfig,
+    check_settings,
+    config_and_network,
+    parse_init,
+)
+from common.evaluate import paired
+from common.models import files
+
+VERDICTS = (
+    "Differences of test accuracy, on the same images, with McNemar's 95 % interval. It knows the "
+    "chance in the images, not in the seeds: so one pair of runs settles nothing, and two do only "
+    "if both intervals lie on the same side of 0."
+)
+COLUMNS = ("run", "state", "PMACs", "in all", "minutes", "params", "macs", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class Command(TrainConfig):
     val: int | None = None  # images held out for validation; default: the data set's
     run: str | None = None  # name of the run's folder; default: <model>-<dataset>
     every: int = 1  # epochs between checkpoints
+    retrain: bool = False  # train it although it was recorded
     test: bool = False  # measure test accuracy at the end, when nothing is left to choose
 
 
@@ -43,6 +74,8 @@ class StudyCommand:
     threads: int | None = None  # threads of each; default: the cores are shared out
     # sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; default: sqlite in runs/
     storage: str | None = None
+    # no queue: one run after the other, the first seeds of all first, and each is recorded
+    in_order: bool = False
     requeue: bool = False  # first queue again what has failed
     # the same, and all that is said to run: when you know that its workers are gone
     requeue_all: bool = False
@@ -50,12 +83,149 @@ class StudyCommand:
     heartbeat: int = 30
 
 
-def start(settings: dict, split: data.Split, folder: Path, **hooks) -> runs.Run:
-    """`fit` for a run's flat settings, from fresh weights."""
+@dataclass(frozen=True)
+class RecordCommand:
+    """Record finished runs of runs/ in reports/: manifest, history, answers on the test images."""
+
+    names: tyro.conf.Positional[list[str]]  # runs
+    weights: bool = False  # their weights, too, in half precision
+
+
+def start(settings: dict, split: data.Split, folder: Path, **options) -> runs.Run:
+    """`fit` for a run's flat settings, from fresh weights or the run that `init` names."""
     config, network = config_and_network(settings)
-    x = normalise(split.train.x[:5000], split.spec)
-    model = models.fresh(seed=config.seed, x=x, **network)
-    return train.fit(model, split, config, folder, **hooks)
+    if config.init == "random":
+        x = normalise(split.train.x[:5000], split.spec)
+        model = models.fresh(seed=config.seed, x=x, **network)
+    else:
+        model = pruned(config.init, split)
+    return train.fit(model, split, config, folder, **options)
+
+
+def pruned(init: str, split: data.Split) -> nn.Module:
+    """The network that `init` tells of, as in "lab2-sparse-0, gap": cut and recalibrated.
+
+    Weights are rounded as in recording, so that it does not matter where the run is read from.
+    """
+    name, ratio = parse_init(init)
+    dense = files.rounded(runs.load_model(name))
+    found = slimming.scores(dense)
+    ratio = slimming.gap(found) if ratio is None else ratio
+    masks = slimming.make_masks(found, ratio, min_channels=4)
+    images = data.Loader(split.train[:2500], split.spec, 250, shuffle=False)
+    return slimming.recalibrate_bn(slimming.slim(dense, masks), images)
+
+
+def in_order(study: Study, load, only_report: bool = False) -> None:
+    """Train what is missing of a study, one run after the other, and record each run.
+
+    All runs of the first seeds come first. `load(dataset, val)` gives a split. Then, and after each
+    run, `reports/<study>_experiment.md` is written.
+    """
+    keys = sorted(study.runs, key=lambda key: study.runs[key]["seed"])  # else as in the file
+    for key in () if only_report else keys:
+        settings, folder = study.runs[key], folder_of(study.name, key)
+        split = load(settings["dataset"], settings.get("val"))
+        run = start(settings, split, folder)
+        if "recorded" not in run.manifest:
+            told = study.about[key.split("/")[0]]
+            report.record(folder.name, split, settings["seed"] in told.get("weights", ()))
+            write_experiment(study, split.test.y)
+    first = study.runs[keys[0]]
+    write_experiment(study, load(first["dataset"], first.get("val")).test.y)
+
+
+def folder_of(study: str, key: str) -> Path:
+    """Where a run of a study is kept: `runs/<study>-<configuration>-<seed>/`."""
+    return runs.folder(f"{study}-{key.replace('/', '-')}")
+
+
+def write_experiment(study: Study, labels) -> Path:
+    """Write `reports/<study>_experiment.md`: what is done, what is open, what the runs say.
+
+    `labels` (N,): of the test images.
+    """
+    rows, finished = [], {}
+    for key in study.runs:
+        manifest = manifest_of(study, key)
+        if "recorded" in manifest:
+            finished[key] = manifest
+        rows.append(experiment_row(study, key, manifest))
+    parts = [f"# {study.more.get('title', study.name)}", study.more.get("text", "")]
+    reasons = [
+        f"- **{name}**: {told['why']}" for name, told in study.about.items() if "why" in told
+    ]
+    done = f"{len(finished)} of {len(study.runs)} runs are done."
+    parts += ["## What each run is for", "\n".join(reasons), "## Runs", done, report.table(rows)]
+    parts += ["## What the runs say", VERDICTS]
+    parts += [
+        compare(study, labels, finished, **each) for each in study.more.get("comparisons", ())
+    ]
+    parts += [study.more.get("notes", ""), "## Where the numbers come from"]
+    parts += ["\n".join(map(report.provenance, finished.values())), report.FOOT]
+    index = runs.recorded("", "run.json").parents[1]
+    path = write_file(index / f"{study.name}_experiment.md", "\n\n".join(filter(None, parts)))
+    report.write_index(index)
+    return path
+
+
+def manifest_of(study: Study, key: str) -> dict:
+    """The manifest of a run of a study as far as it has come; empty before its first epoch."""
+    try:
+        return runs.load_manifest(folder_of(study.name, key).name)
+    except WorkbookError:
+        return {}
+
+
+def experiment_row(study: Study, key: str, manifest: dict) -> dict:
+    """A row of the table of runs; computation in all counts the run that it starts from, too."""
+    settings, spent = study.runs[key], study.about[key.split("/")[0]].get("pmacs", 0)
+    origin = settings.get("init", "random").split(",")[0]
+    names = {folder_of(study.name, other).name: other.split("/")[0] for other in study.runs}
+    before = study.about[names[origin]].get("pmacs", 0) if origin in names else 0
+    state = f"epoch {manifest['epochs']} of {settings['epochs']}" if manifest else "open"
+    done = "recorded" in manifest
+    row = {"run": key, "state": "done" if done else state}
+    row |= {"PMACs": f"{spent:.3g}", "in all": f"{spent + before:.3g}"}
+    if done:
+        row |= dict(minutes=manifest["seconds"] / 60, validation=manifest["best"]["val_accuracy"])
+        model = models.build(**manifest["spec"])
+        row |= {"test": manifest["test"]["accuracy"], "params": measure.params(model)}
+        row |= {"macs": measure.macs(model)}
+    return dict.fromkeys(COLUMNS, "–") | row
+
+
+def compare(study: Study, labels, finished: dict, question: str, a: str, b: str) -> str:
+    """What recorded runs say of two configurations, seed by seed, in a few lines of Markdown."""
+    lines, signs = [f"**{question}**"], []
+    for key in (key for key in finished if key.startswith(f"{a}/")):
+        other = f"{b}/{key.split('/')[1]}"
+        if other in finished:
+            names = (folder_of(study.name, each).name for each in (key, other))
+            difference, half = paired(*map(runs.load_answers, names), labels)
+            signs.append((difference > 0) - (difference < 0) if abs(difference) > half else 0)
+            lines.append(f"- {key} − {other}: {100 * difference:+.2f} ± {100 * half:.2f} points")
+    if not signs:
+        verdict = "Open."
+    elif 0 in signs or len(set(signs)) > 1:
+        verdict = "Not told apart."
+    else:
+        verdict = f"{a if signs[0] > 0 else b} is better"
+        verdict += " in both seeds: settled." if len(signs) > 1 else "; one seed, so not settled."
+    return "\n".join([*lines, "", verdict])
+
+
+def record_main() -> None:
+    """Parse the command line, record, write the index of reports."""
+    try:
+        command = tyro.cli(RecordCommand, prog="python -m common.report")
+        for name in command.names:
+            told = runs.load_manifest(runs.folder(name))["data"]
+            report.record(name, data.load(told["name"], told["val"]), command.weights)
+            print(f"recorded {name}")
+        report.write_index(runs.recorded("", "run.json").parents[1])
+    except WorkbookError as error:
+        sys.exit(f"error: {error}")
 
 
 def main(arguments=None) -> None:
@@ -75,7 +245,8 @@ def main(arguments=None) -> None:
         with state.local_main_process_first():  # one of them downloads
             split = data.load(command.dataset, command.val)
         folder = runs.folder(command.run or f"{command.model}-{command.dataset}")
-        run = start(settings, split, folder, every=command.every)
+        options = dict(every=command.every, retrain=command.retrain)
+        run = start(settings, split, folder, **options)
         state.destroy_process_group()
         if not state.is_main_process:
             return

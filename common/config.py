@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Annotated, get_type_hints
 
 import torch
@@ -10,9 +11,9 @@ from torch import nn
 
 from common import WorkbookError, choose, models
 from common.augment import parse_augment
-from common.data import check_val
+from common.data import Split, check_val, pixels, sha256
+from common.params import mapping, number, one_of, optional, read_yaml, several, switch, text, whole
 from common.params import name as legal_name
-from common.params import number, one_of, optional, read_yaml, several, switch, text, whole
 from common.slimming import PENALTIES
 from common.sources import SPECS
 
@@ -20,8 +21,13 @@ OPTIMIZERS = ("sgd", "adam", "muon")
 SCHEDULES = ("cosine", "linear", "steps", "constant")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 SELECT = ("best", "last")
+DIGESTS = ("pixels", "weights")  # not known of runs made before 2026-12
 DATA = {"model", "dataset", "val"}  # settings that are no fields and do not go to the network
 SECTIONS = dict(name=str, base=dict, seeds=list, configurations=dict)  # of a study file
+# what it may hold besides: settings to be merged, and what its report says
+MORE = dict(shared=dict, title=str, text=str, comparisons=list, notes=str)
+# of a configuration, besides settings: what it is for, its cost, seeds whose weights are recorded
+ABOUT = dict(why=text, pmacs=number(0), weights=several(whole(0)))
 
 # A type and the rule that its values keep.
 Count = Annotated[int, whole(1)]
@@ -97,6 +103,47 @@ def as_json(value) -> dict:
     return json.loads(json.dumps(value))
 
 
+def identity(model: nn.Module, split: Split, config: TrainConfig) -> dict:
+    """What makes two runs the same: config, network, its first weights, and the data.
+
+    `sha256`: of the labels of both parts, which fix the split; `pixels`: of their images.
+    """
+    parts = split.train, split.val
+    data = dict(name=split.spec.name, train=len(split.train), val=len(split.val))
+    data |= dict(sha256=sha256(*(part.y.byte() for part in parts)), pixels=pixels(*parts))
+    start = dict(weights=models.fingerprint(model))
+    return dict(config=as_json(config), spec=as_json(model.spec), data=data, start=start)
+
+
+def differences(kept: dict, identity: dict):
+    """Yield (setting, value of the run that is kept, value asked for) where these are not equal."""
+    complete = dict(config=lambda had: as_json(TrainConfig()) | had, spec=full_spec)
+    for part, wanted in identity.items():
+        fill = complete.get(part, dict)  # older ones lack fields
+        had, wanted = fill(kept.get(part, {})), fill(wanted)
+        for key in {**had, **wanted}:
+            old, new = had.get(key), wanted.get(key)
+            if old != new and (key not in DIGESTS or old is not None):
+                yield key, old, new
+
+
+def full_spec(spec: dict) -> dict:
+    """A network's spec with all that it leaves to defaults."""
+    return as_json(models.arguments_of(spec["name"])) | dict(classes=10) | spec
+
+
+def parse_init(init: str) -> tuple:
+    """The run that training starts from, and the ratio it is cut at; None for the gap.
+
+    "lab2-sparse-0, gap" or "lab2-sparse-0, ratio 0.5"; raises WorkbookError for another text.
+    """
+    found = re.fullmatch(r"([\w.-]+), (?:gap|ratio (0?\.\d+))", str(init))
+    if not found:
+        legal = '"RUN, gap" or "RUN, ratio 0.5"'
+        raise WorkbookError(f"init={init!r} is not legal; give random, {legal}")
+    return found[1], float(found[2]) if found[2] else None
+
+
 def native_precision(precision: str, model: nn.Module) -> str:
     """Resolve "auto": bf16 where the machine computes it, fp16 on older GPUs, else "no".
 
@@ -131,7 +178,9 @@ def check_settings(settings: dict) -> tuple:
     """
     arguments = models.arguments_of(settings.get("model"))
     for key in settings:
-        choose("key", key, sorted({*FIELDS} - {"init"} | DATA | set(arguments)))
+        choose("key", key, sorted({*FIELDS, "cfg"} | DATA | set(arguments)))
+    if settings.get("init", "random") != "random":
+        parse_init(settings["init"])
     spec = SPECS[choose("dataset", settings.get("dataset"), SPECS)]
     optional(whole(1))("val", settings.get("val"))
     val = check_val(settings.get("val"), spec)
@@ -144,43 +193,68 @@ def check_settings(settings: dict) -> tuple:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, checked: `runs` maps `configuration/seed` to the settings of a run."""
+    """A study file, checked: `runs` maps `configuration/seed` to the settings of a run.
+
+    `about`: by configuration what ABOUT lists; `more`: the sections of MORE that the file has.
+    """
 
     name: str
     runs: dict
+    about: dict = field(default_factory=dict)
+    more: dict = field(default_factory=dict)
 
 
 def read_study(path) -> Study:
     """Read a study file (YAML): name, `base` settings, `seeds`, what `configurations` change.
 
     Settings are the fields of `TrainConfig`, `model`, `dataset`, `val`, and the arguments of the
-    network; a configuration may have `seeds` of its own. Raises WorkbookError for any mistake,
-    before anything runs: every network is built once.
+    network; a configuration may have `seeds` of its own. In `init`, {seed} stands for the seed.
+    Raises WorkbookError for any mistake, before anything runs: every network is built once.
     """
-    content = read_yaml(path)
-    found = content if isinstance(content, dict) else {}
-    for key in {**found, **SECTIONS}:
-        if key not in SECTIONS or not isinstance(found.get(key), SECTIONS[key]) or not found[key]:
-            legal = ", ".join(f"{name} ({kind.__name__})" for name, kind in SECTIONS.items())
-            raise WorkbookError(f"study file {path}: look at {key!r}; it must hold exactly {legal}")
+    found = read_sections(path)
     legal_name(f"study file {path}: name", found["name"])
-    expanded, seen = {}, {}
+    expanded, about, seen = {}, {}, {}
     for name, changes in found["configurations"].items():
         try:
             legal_name("configuration", str(name))
             if not isinstance(changes or {}, dict):
                 raise WorkbookError(f"{changes!r} is not legal; give settings, as in lr: 0.1")
             settings = found["base"] | (changes or {})
+            about[name] = {key: settings.pop(key) for key in ABOUT if key in settings}
+            for key, value in about[name].items():
+                ABOUT[key](key, value)
             seeds = settings.pop("seeds", found["seeds"])
             several(whole(0))("seeds", seeds)
-            made = repr(check_settings(settings))
+            if "seed" in settings:
+                raise WorkbookError("unknown key 'seed' (did you mean 'seeds'?)")
+            made = repr(check_settings(with_seed(settings, 0)))
             twin = seen.setdefault(made, name)
             if twin != name or len(set(seeds)) < len(seeds):
                 raise WorkbookError(f"{twin!r} is the same, or a seed is given twice; remove one")
-            if "seed" in settings:
-                raise WorkbookError("unknown key 'seed' (did you mean 'seeds'?)")
         except Exception as error:  # of a rule, or of building the network
             reason = " ".join(str(error).split())
             raise WorkbookError(f"study file {path}, configuration {name!r}: {reason}") from None
-        expanded |= {f"{name}/{seed}": settings | dict(seed=seed) for seed in seeds}
-    return Study(found["name"], expanded)
+        expanded |= {f"{name}/{seed}": with_seed(settings, seed) for seed in seeds}
+    return Study(found["name"], expanded, about, {key: found[key] for key in MORE if key in found})
+
+
+def with_seed(settings: dict, seed: int) -> dict:
+    """The settings of one run, whose `init` may name the run of the same seed."""
+    if "init" in settings:
+        settings = settings | dict(init=str(settings["init"]).replace("{seed}", str(seed)))
+    return settings | dict(seed=seed)
+
+
+def read_sections(path) -> dict:
+    """What a study file holds; raises WorkbookError for a section that is missing or unknown."""
+    found = content if isinstance(content := read_yaml(path), dict) else {}
+    kinds = SECTIONS | {key: kind for key, kind in MORE.items() if key in found}
+    for key in {**found, **kinds}:
+        if key not in kinds or not isinstance(found.get(key), kinds[key]) or not found[key]:
+            legal = ", ".join(f"{name} ({kind.__name__})" for name, kind in SECTIONS.items())
+            raise WorkbookError(f"study file {path}: look at {key!r}; it must hold exactly {legal}")
+    for each in found.get("comparisons", ()):
+        mapping(("question", "a", "b"))(f"study file {path}: comparison", each)
+        for side in "ab":
+            choose("configuration to compare", each.get(side), found["configurations"])
+    return found

@@ -1,5 +1,6 @@
 """What does a network see? Images as uint8 tensors: load, split, iterate."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,19 @@ class Split:
     test: Images
     spec: Spec
     class_names: tuple
+
+
+def sha256(*tensors) -> str:
+    """16 hex digits of the SHA-256 of tensors' values, one after the other."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy())
+    return sha.hexdigest()[:16]
+
+
+def pixels(*parts: Images) -> str:
+    """Digest of images, as they lie in memory: channels last."""
+    return sha256(*(part.x.permute(0, 2, 3, 1) for part in parts))
 
 
 def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=None) -> Split:

@@ -23,9 +23,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import ROOT
+from common.models.files import deployable, torch_bytes
 from common.models.groups import Whiten
 from common.optim import image_sizes
-from common.runs import deployable, torch_bytes
 
 IMAGE = (3, 32, 32)
 

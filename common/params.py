@@ -109,7 +109,8 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is a mistake; YAML itself would keep the second."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.value != "<<"]  # that merges another mapping
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key!r} is a duplicate; rename or remove one")

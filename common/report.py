@@ -2,12 +2,13 @@
 
 import io
 import json
-import statistics
 from pathlib import Path
 
 from common import ROOT, WorkbookError, params, runs, write_file
 from common.config import FIELDS
-from common.evaluate import evaluate
+from common.data import pixels, sha256
+from common.evaluate import evaluate, mean_std, means, predict, totals
+from common.models import digest, files
 from common.sources import SPECS
 
 COLUMNS = {  # heading, format
@@ -23,8 +24,6 @@ COLUMNS = {  # heading, format
     "seconds": ("seconds", "{:.1f}"),
     "loss": ("loss", "{:.3f}"),
 }
-# 97.5 % quantiles of Student's t, by degrees of freedom from …
-T95 = ((2, 4.30), (3, 3.18), (4, 2.78), (6, 2.45), (8, 2.31), (18, 2.10), (38, 2.02))
 TESTS = ("test", "test_mirror", "test_tta")  # keys of a manifest, by level of `evaluate.views`
 ABOUT_RUNS = (
     "One run a row (n = 1). Validation is that of the kept epoch (the best, or the last where the "
@@ -59,41 +58,57 @@ def table(rows: list) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
-def mean_std(values: list) -> str:
-    """Mean ± standard deviation (n − 1) over seeds, with n; shares are written as percentages."""
-    if len(values) < 2:
-        return f"{values[0]:.2%} (n = 1)" if values else "not run"
-    return f"{statistics.mean(values):.2%} ± {statistics.stdev(values):.2%} (n = {len(values)})"
-
-
-def verdict(a: list, b: list, others: list = ()) -> str:
-    """Does the difference of two sets of seeds exceed their spread? From accuracies (0..1) of each.
-
-    The difference of the means is held against its 95 % interval (Student's t). The deviation of
-    one seed is pooled over both sets and `others`, of which it is assumed to be the same.
-    """
-    sets = [v for v in (a, b, *others) if len(v) > 1]
-    freedom = sum(len(v) - 1 for v in sets)
-    if freedom < 2 or not (a and b):
-        return "unknown: at least two seeds of each are needed"
-    difference = statistics.mean(a) - statistics.mean(b)
-    pooled = sum((len(v) - 1) * statistics.variance(v) for v in sets) / freedom
-    quantile = next(t for n, t in reversed(T95) if n <= freedom)
-    interval = quantile * (pooled * (1 / len(a) + 1 / len(b))) ** 0.5
-    words = "exceeds" if abs(difference) > interval else "does not exceed"
-    noise = f"(± {100 * interval:.2f} points, 95 %)"
-    return f"{100 * difference:+.2f} points, which {words} what seeds alone may do {noise}"
-
-
 def tested(run, split, tta: int = 0) -> dict:
     """Test loss, accuracy and top5 of a finished run: measured once, kept in its manifest."""
-    key, images = TESTS[tta], runs.pixels(split.test)
-    if key not in run.manifest:
-        result = evaluate(run.model, split.test, split.spec, tta=tta) | dict(pixels=images)
-        run.manifest = runs.save_result(run.folder, **{key: result})
+    key, images = TESTS[tta], pixels(split.test)
+    answered = tta or runs.file_of(run.folder, "answers.bin").exists()
+    if key not in run.manifest or not answered:
+        logits = predict(run.model, split.test, split.spec, tta=tta)
+        found = means(totals(logits, split.test.y)) | dict(pixels=images)
+        if not tta:
+            write_file(run.folder / "answers.bin", logits.argmax(1).byte().numpy().tobytes())
+        run.manifest = runs.save_result(run.folder, **{key: found})
     if run.manifest[key].get("pixels", images) != images:  # made before digests: none
         raise WorkbookError(f"{run.folder} was tested on other images; use another run name")
     return run.manifest[key]
+
+
+def record(name: str, split, weights: bool = False) -> dict:
+    """Copy a finished run of `runs/` to `reports/`: manifest, history, answers on the test images.
+
+    `weights`: its best weights, too, of convolutions and linear layers in half precision. Returns
+    the manifest. Raises WorkbookError for a run that is not finished, for another training that was
+    recorded under this name, and where rounding moves an accuracy by over 0.05 points.
+    """
+    run = runs.load_run(name)
+    old = runs.recorded(name, "run.json")
+    if runs.is_recorded(name) and not same_run(run.manifest, runs.read_manifest(old)):
+        raise WorkbookError(f"{old} records another training; delete it, or rename this one")
+    tested(run, split)
+    answers = runs.file_of(name, "answers.bin").read_bytes()
+    noted = dict(answers=sha256(runs.load_answers(name)))
+    if weights:
+        small = files.rounded(run.model)
+        refuse_moved(run, small, split)
+        noted["weights"] = digest(small)
+        kept = files.deployable(small, run=name, **run.manifest["best"])
+        kept["state_dict"] = files.halved(small)
+        write_file(runs.recorded(name, "best.pt"), files.torch_bytes(kept))
+    manifest = runs.save_result(run.folder, recorded=noted)
+    write_file(runs.recorded(name, "answers.bin"), answers)
+    write_file(runs.recorded(name, "history.csv"), runs.csv_text(run.history))
+    write_file(old, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def refuse_moved(run, small, split) -> None:
+    """Raise WorkbookError where a rounded network scores otherwise than the run it comes from."""
+    for part in (split.val, split.test):
+        nets = run.model, small
+        before, after = (evaluate(net, part, split.spec)["accuracy"] for net in nets)
+        if abs(after - before) > 0.0005:
+            problem = f"half precision moves an accuracy from {before:.2%} to {after:.2%}"
+            raise WorkbookError(f"{run.folder.name}: {problem}; record it without weights")
 
 
 def report_folder(scale: str) -> Path:
@@ -212,3 +227,9 @@ def run_row(name: str, manifest: dict) -> dict:
         "minutes": f"{manifest['seconds'] / 60:.1f}",
         "machine": machine["gpu"] or processor(machine),
     }
+
+
+if __name__ == "__main__":
+    from common.cli import record_main
+
+    record_main()

@@ -2,37 +2,52 @@
 
 Two runs are the same if their identities are. One process at a time may write a run: the last that
 claimed it. A manifest has an entry of `parts` for each time the run was begun or gone on with.
+A run that has no folder is read from the recorded ones: see `report.record`.
 """
 
-import contextlib
+import copy
 import csv
-import hashlib
 import io
 import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 from torch import nn
 
-from common import WorkbookError, folder_from, write_file
-from common.config import TrainConfig, as_json
-from common.data import Images, Split
-from common.models import build
+from common import WorkbookError, folder_from, locked, write_file
+from common.config import DIGESTS, differences
+from common.data import sha256
+from common.models import digest, files
+from common.models.files import load_checkpoint, torch_bytes
 
-DIGESTS = ("pixels", "weights")  # not known of runs made before 2026-12
+RECORDED = {  # where the files of a recorded run are, below `reports/`
+    "run.json": "runs/{}.json",
+    "history.csv": "runs/{}.csv",
+    "answers.bin": "runs/{}.bin",
+    "best.pt": "weights/{}.pt",
+}
+RETRAIN = "train it with retrain=True"
+RESTORE = f"restore it (git checkout), or {RETRAIN}"
 
 
 @dataclass
 class Run:
-    """A finished run: model with its best weights, a history row an epoch, manifest, folder."""
+    """A finished run: best weights (None if not recorded), a row an epoch, manifest, folder."""
 
-    model: nn.Module
+    kept: nn.Module | None
     history: list
     manifest: dict
     folder: Path
+
+    @property
+    def model(self) -> nn.Module:
+        """The network with its best weights; WorkbookError where these were not recorded."""
+        if self.kept is None:
+            problem = f"the weights of {self.folder.name} were not recorded"
+            raise WorkbookError(f"{problem}; {RETRAIN}")
+        return self.kept
 
 
 def folder(name: str = "") -> Path:
@@ -40,16 +55,28 @@ def folder(name: str = "") -> Path:
     return folder_from("RUNS_DIR", "runs") / name
 
 
-def identity(model: nn.Module, split: Split, config: TrainConfig) -> dict:
-    """What makes two runs the same: config, network, its first weights, and the data.
+def recorded(name: str, file: str) -> Path:
+    """Where a file of a recorded run is: in `reports/`, or below `$REPORTS_DIR`."""
+    return folder_from("REPORTS_DIR", "reports") / RECORDED[file].format(name)
 
-    `sha256`: of the labels of both parts, which fix the split; `pixels`: of their images.
-    """
-    parts = split.train, split.val
-    data = dict(name=split.spec.name, train=len(split.train), val=len(split.val))
-    data |= dict(sha256=sha256(*(part.y.byte() for part in parts)), pixels=pixels(*parts))
-    start = dict(weights=fingerprint(model))
-    return dict(config=as_json(config), spec=as_json(model.spec), data=data, start=start)
+
+def place_of(run) -> Path:
+    """The folder of a run, given by it or by the name of a run in `runs/`."""
+    place = Path(run).expanduser()
+    return folder(place.name) if len(place.parts) == 1 and not place.exists() else place
+
+
+def file_of(run, file: str) -> Path:
+    """A file of a run, given by name or folder: in that folder, or else among the recorded."""
+    place = place_of(run)
+    here = (place / "run.json").exists() or not is_recorded(place.name)
+    return place / file if here else recorded(place.name, file)
+
+
+def is_recorded(name: str) -> bool:
+    """Whether a run was recorded; others in `reports/runs/` have no answers and no weights."""
+    path = recorded(name, "run.json")
+    return path.is_file() and "recorded" in read_manifest(path)
 
 
 def find_or_refuse(folder: Path, identity: dict) -> dict:
@@ -61,21 +88,74 @@ def find_or_refuse(folder: Path, identity: dict) -> dict:
     if not (folder / "checkpoint.pt").exists():
         return state | identity
     state = dict(start={}) | load_checkpoint(folder / "checkpoint.pt")
-    if "parts" not in state:
-        before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
-        with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
-            before["machines"] = [load_manifest(folder)["machine"]]
-        state["parts"] = [before | {key: state.get(key, "?") for key in ("commit", "precision")}]
-    state["config"] = as_json(TrainConfig()) | state["config"]  # older ones lack fields
-    for part, wanted in identity.items():
-        for key in {**state[part], **wanted}:
-            old, new = state[part].get(key), wanted.get(key)
-            if key in DIGESTS and old is None:
-                print(f"{folder.name}: made before digests, so its {key} are not compared")
-            elif old != new:
-                problem = f"holds a run with {key}={old!r}, but {key}={new!r} was asked for"
-                raise WorkbookError(f"{folder} {problem}; delete it or use another run name")
+    before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
+    before |= {key: state.get(key, "?") for key in ("commit", "precision")}
+    state.setdefault("parts", [before])  # older ones lack it, and digests
+    if lacking := [key for key in DIGESTS if key not in state["data"] | state["start"]]:
+        what = " and ".join(lacking)
+        print(f"{folder.name}: made before digests, so its {what} are not compared")
+    for key, old, new in differences(state, identity):
+        problem = f"holds a run with {key}={old!r}, but {key}={new!r} was asked for"
+        raise WorkbookError(f"{folder} {problem}; delete it or use another run name")
     return state
+
+
+def result(folder: Path, model: nn.Module, state: dict) -> Run:
+    """The finished run, its best weights in `model`."""
+    model.load_state_dict(state["best"]["state_dict"])
+    return Run(model.eval(), state["history"], load_manifest(folder), folder)
+
+
+def finished(folder: Path, model: nn.Module, state: dict, retrain: bool = False) -> Run | None:
+    """The run if it needs no training: it ended here, or was recorded with the same identity.
+
+    The latter is said in a line, or which setting differs. First weights that come from another run
+    are told by `init`: they differ in their last bits.
+    """
+    if state["finished"]:
+        return result(folder, copy.deepcopy(model), state)
+    if retrain or state["history"] or not is_recorded(folder.name):
+        return None
+    manifest = read_manifest(recorded(folder.name, "run.json"))
+    asked = {key: state[key] for key in ("config", "spec", "data", "start")}
+    if asked["config"]["init"] != "random":
+        del asked["start"]
+    for key, old, new in differences(manifest, asked):
+        print(f"{folder.name}: the recorded run has {key}={old!r}, not {new!r}: it is trained here")
+        return None
+    minutes = f"{manifest['seconds'] / 60:.0f} minutes on {manifest['machine']['cpu']}"
+    print(f"{folder.name}: recorded, {minutes}; retrain=True trains it here")
+    return load_run(folder)
+
+
+def load_run(run) -> Run:
+    """A finished run, given by name or folder, without training; WorkbookError for any other."""
+    manifest = load_manifest(run)
+    if not manifest["finished"]:
+        raise WorkbookError(f"{manifest['name']} is not finished; train it first")
+    path = file_of(run, "history.csv")
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        whole = {"epoch": int, "images": int}
+        history = [{k: whole.get(k, float)(v) for k, v in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError):
+        history = []
+    if len(history) != manifest["epochs"]:
+        raise WorkbookError(f"{path} is damaged or missing; {RESTORE}")
+    place = place_of(run)
+    weights = path.parent == place or "weights" in manifest["recorded"]
+    return Run(load_model(run) if weights else None, history, manifest, place)
+
+
+def load_answers(run) -> torch.Tensor:
+    """A run's answers on the test images (N,), uint8, single view; run: name or folder."""
+    path, noted = file_of(run, "answers.bin"), load_manifest(run).get("recorded", {})
+    if not path.is_file():
+        raise WorkbookError(f"{path} is missing; {RESTORE}")
+    answers = torch.frombuffer(bytearray(path.read_bytes() or b"?"), dtype=torch.uint8)
+    if sha256(answers) != noted.get("answers", sha256(answers)):
+        raise WorkbookError(f"{path} is damaged, or of another network; {RESTORE}")
+    return answers
 
 
 def claim(folder: Path) -> str:
@@ -89,24 +169,6 @@ def claim(folder: Path) -> str:
 def owner_of(folder: Path) -> str | None:
     mark = folder / "owner"
     return mark.read_text() if mark.exists() else None
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """One process at a time; the system lets go of it when that process dies."""
-    lock = filelock.FileLock(folder / "lock", timeout=120, mode=0o666)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        problem = "is held by a process that has stopped while it was saving"
-        raise WorkbookError(f"{folder} {problem}; end that process") from None
-    except (OSError, NotImplementedError) as error:
-        advice = "make the folder writable, or choose another RUNS_DIR"
-        raise WorkbookError(f"{folder} cannot be locked ({error}); {advice}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def save_run(folder: Path, state: dict, owner: str) -> None:
@@ -134,23 +196,21 @@ def save_run(folder: Path, state: dict, owner: str) -> None:
         write_file(folder / "checkpoint.pt", torch_bytes(state))
 
 
-def result(folder: Path, model: nn.Module, state: dict) -> Run:
-    """The finished run, its best weights in `model`."""
-    model.load_state_dict(state["best"]["state_dict"])
-    return Run(model.eval(), state["history"], load_manifest(folder), folder)
-
-
-def load_manifest(checkpoint) -> dict:
-    """The manifest of a run's folder or a checkpoint: run.json there, or the .json of its name."""
-    path = Path(checkpoint).expanduser()
+def load_manifest(run) -> dict:
+    """The manifest of a run, given by name, folder, checkpoint or weights file."""
+    path = Path(run).expanduser()
     beside = [path.with_suffix(".json"), path.parent / "run.json"]
-    for place in [path / "run.json"] if path.is_dir() else beside:
+    for place in beside if path.is_file() else [file_of(run, "run.json"), *beside]:
         if place.is_file():
-            try:
-                return json.loads(place.read_text())
-            except ValueError:
-                raise WorkbookError(f"{place} is damaged; restore it, or train again") from None
+            return read_manifest(place)
     raise WorkbookError(f"no manifest beside {path}; restore its run.json, or train again")
+
+
+def read_manifest(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise WorkbookError(f"{path} is damaged; restore it, or train again") from None
 
 
 def save_result(folder, **results) -> dict:
@@ -169,92 +229,24 @@ def csv_text(history: list) -> str:
     return text.getvalue()
 
 
-def torch_bytes(content: dict) -> bytes:
-    """What torch.save makes of it, in memory: a full disk then never costs the previous file."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+def load_model(run, expect: str | None = None) -> nn.Module:
+    """The best network of a run, given by name or folder, or that of a file; in eval mode.
 
-
-def deployable(model: nn.Module, **meta) -> dict:
-    """What a weights file holds: all but the optimizer's state."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return dict(spec=as_json(model.spec), state_dict=state, meta=meta)
-
-
-def save_model(path, model: nn.Module, **meta) -> Path:
-    """Write deployable weights, from which `load_model` rebuilds the model."""
-    return write_file(path, torch_bytes(deployable(model, **meta)))
-
-
-def load_checkpoint(path) -> dict:
-    """Read a training checkpoint or a weights file; never executes code from it.
-
-    Raises WorkbookError if it is missing, truncated, not a checkpoint, or holds pickled code.
+    `expect`: the architecture the caller can use. Raises WorkbookError for another one, unusable
+    files, and a recorded run without weights.
     """
-    path = Path(path).expanduser()
+    path = Path(run).expanduser()
+    if path.is_file():
+        return files.load_model(path, expect)
+    path = file_of(run, "best.pt")
+    if path != recorded(path.stem, "best.pt"):
+        return files.load_model(path, expect)
+    noted = load_manifest(run)["recorded"].get("weights")
+    if noted is None:
+        raise WorkbookError(f"the weights of {path.stem} were not recorded; {RETRAIN}")
     if not path.is_file():
-        raise WorkbookError(f"checkpoint {path} does not exist; train it or give another path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # pickle, zip and runtime errors, by how the file is damaged
-        reason = "it is truncated, of another kind, or holds code, which is not run"
-        raise WorkbookError(f"{path} cannot be read as a checkpoint: {reason}") from None
-    weights = isinstance(content, dict) and {"state_dict", "best"} & set(content)
-    if not weights or not isinstance(content.get("spec"), dict):
-        raise WorkbookError(f"{path} is not a checkpoint of this workbook; give another path")
-    return content
-
-
-def load_model(path, expect: str | None = None) -> nn.Module:
-    """Rebuild a model, in eval mode, from weights, a checkpoint (best epoch) or a run's folder.
-
-    `expect`: the architecture the caller can use. Raises WorkbookError for another one, or
-    unusable files.
-    """
-    path = Path(path).expanduser()
-    path = path / "best.pt" if path.is_dir() else path
-    content = load_checkpoint(path)
-    name = content["spec"].get("name", "nameless network")
-    if expect and name != expect:
-        raise WorkbookError(f"{path} holds a {name!r}, not a {expect!r}; set model={name!r}")
-    model = build(**content["spec"])
-    try:
-        model.load_state_dict(content.get("state_dict") or content["best"]["state_dict"])
-    except RuntimeError:
-        raise WorkbookError(f"the weights in {path} do not fit the {name!r} it names") from None
-    return model.eval()
-
-
-def sha256(*tensors) -> str:
-    """16 hex digits of the SHA-256 of tensors' values, one after the other."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
-
-
-def pixels(*parts: Images) -> str:
-    """Digest of images, as they lie in memory: channels last."""
-    return sha256(*(part.x.permute(0, 2, 3, 1) for part in parts))
-
-
-def digest(model: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of all weights and their names: tells models apart."""
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Four digits of weighted sums of the trained weights, and of the squares of all else.
-
-    Unlike a digest it does not see last bits and whitening's signs, in which machines differ.
-    """
-    state = {name: v.detach().cpu().double().flatten() for name, v in model.state_dict().items()}
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    flat = torch.cat([state.pop(name) for name in trained]) if trained else torch.zeros(3)
-    waves = flat * torch.arange(len(flat), dtype=torch.float64).cos_()
-    rest = sum(value.square().sum() for value in state.values())
-    return " ".join(f"{float(value):.4g}" for value in (*map(torch.sum, waves.chunk(3)), rest))
+        raise WorkbookError(f"{path} is missing; {RESTORE}")
+    model = files.load_model(path, expect)
+    if digest(model) != noted:
+        raise WorkbookError(f"{path} holds another network than was recorded; {RESTORE}")
+    return model

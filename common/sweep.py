@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from common import ROOT, WorkbookError, cli, data, params, runs, train
-from common.cli import StudyCommand
+from common.cli import StudyCommand, folder_of
 from common.config import Study, read_study
 
 MISSED = 4  # heartbeats, after which a worker is taken for dead
@@ -35,11 +35,6 @@ OPEN = {TrialState.WAITING, TrialState.RUNNING}
 TAKEN = OPEN | {TrialState.COMPLETE}
 FINISHED = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # raised if told once more
 load = functools.lru_cache(data.load)
-
-
-def folder_of(study: str, key: str) -> Path:
-    """Where a run of a study is kept: `runs/<study>-<configuration>-<seed>/`."""
-    return runs.folder(f"{study}-{key.replace('/', '-')}")
 
 
 def open_study(study: Study, storage=None, heartbeat=30, enqueue=True) -> optuna.Study:
@@ -131,7 +126,10 @@ def objective(trial: optuna.Trial) -> float:
     trial.set_user_attr("worker", (socket.gethostname(), os.getpid(), trial.number))
     tell = lambda row: trial.report(row["val_accuracy"], row["epoch"])
     try:
-        settings, folder = kept["settings"], folder_of(opened.study_name, kept["key"])
+        settings, folder = (
+            kept["settings"],
+            folder_of(opened.study_name, kept["key"]),
+        )
         split = load(settings["dataset"], settings.get("val"))
         run = cli.start(settings, split, folder, on_epoch=tell)
     except Exception as error:
@@ -190,6 +188,8 @@ def run(command: StudyCommand) -> None:
     study, workers = read_study(command.file), command.workers
     for settings in study.runs.values() if workers else ():
         load(settings["dataset"], settings.get("val"))  # downloads once, before workers would
+    if command.in_order:
+        return cli.in_order(study, load, only_report=not workers)
     opened = open_study(study, command.storage, command.heartbeat)
     if command.requeue or command.requeue_all:
         again = requeue(opened, study, dead=lambda trial: command.requeue_all)

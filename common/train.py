@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import WorkbookError, choose, measure, runs, slimming
-from common.config import TrainConfig, native_precision
+from common.config import TrainConfig, identity, native_precision
 from common.data import Loader, Split
 from common.evaluate import evaluate
 from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer
@@ -24,27 +24,27 @@ from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer
 CORES = torch.get_num_threads()  # what torch takes where nothing is set
 
 
-def fit(model, split: Split, config: TrainConfig, folder, on_grad=None, on_epoch=None, every=1):
+def fit(model, split, config, folder, on_grad=None, on_epoch=None, every=1, retrain=False):
     """Train, resume or load: the run in `folder` is finished and returned (`runs.Run`).
 
-    `on_grad(model)` is called between backward and step, `on_epoch(row)` after each validation,
-    for earlier epochs of a run at once. From its checkpoint, after `every` epochs, a run goes on
-    bit for bit the same (CPU, as many threads). The model given keeps its weights. Raises
-    WorkbookError for another run in the folder, divergence, and processes that cannot share.
+    A run without a folder is taken from the recorded ones, but not with `retrain`. `on_grad(model)`
+    is called between backward and step, `on_epoch(row)` after each validation, for earlier epochs
+    of a run at once. From its checkpoint, after `every` epochs, a run goes on bit for bit the same
+    (CPU, as many threads). The model given keeps its weights. Raises WorkbookError for another run
+    in the folder, divergence, and processes that cannot share.
     """
     folder, hook = Path(folder), on_epoch or (lambda row: None)
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # or it would train alone
-    identity = runs.identity(model, split, config)
-    model = copy.deepcopy(model)  # the caller's keeps its first weights
-    state = runs.find_or_refuse(folder, identity)
+    wanted = identity(model, split, config)
+    state = runs.find_or_refuse(folder, wanted)
     refuse_unshared(folder, len(state["history"]))
-    if state["finished"]:
-        for row in state["history"]:
+    if run := runs.finished(folder, model, state, retrain):
+        for row in run.history:
             hook(row)
-        return runs.result(folder, model, state)
+        return run
     with idle_threads(folder):
-        learner = Learner(model, split, config, folder)
-        state = learner.begin(identity)
+        learner = Learner(copy.deepcopy(model), split, config, folder)
+        state = learner.begin(wanted)
         for row in state["history"]:
             hook(row)
         while not state["finished"]:

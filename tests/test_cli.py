@@ -37,8 +37,8 @@ def test_unknown_options_and_values_are_refused_by_name(runs, capsys):
 
 
 def test_a_run_trains_is_tested_once_and_is_loaded_again(runs, capsys, monkeypatch):
-    tests, evaluate = [], cli.report.evaluate
-    monkeypatch.setattr(cli.report, "evaluate", lambda *rest, **named: tests.append(1) or evaluate(*rest, **named))
+    tests, predict = [], cli.report.predict
+    monkeypatch.setattr(cli.report, "predict", lambda *rest, **named: tests.append(1) or predict(*rest, **named))
     for _ in range(2):
         cli.main([*SMALL.split(), "--run", "one", "--test"])
     out = capsys.readouterr().out

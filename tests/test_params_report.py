@@ -6,8 +6,10 @@ import types
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
+import torch.nn.functional as F
 
-from common import WorkbookError, params, report, runs
+from common import WorkbookError, evaluate, params, report, runs
 from common.config import TrainConfig
 
 RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
@@ -169,13 +171,13 @@ def test_results_join_the_manifest(tmp_path, manifest):
 
 
 def test_verdict_holds_the_difference_against_the_spread():
-    assert "unknown" in report.verdict([0.5], [0.6, 0.61])
-    far, near = report.verdict([0.70, 0.71], [0.60, 0.61]), report.verdict([0.70, 0.60], [0.66, 0.61])
+    assert "unknown" in evaluate.verdict([0.5], [0.6, 0.61])
+    far, near = evaluate.verdict([0.70, 0.71], [0.60, 0.61]), evaluate.verdict([0.70, 0.60], [0.66, 0.61])
     assert far.startswith("+10.00 points, which exceeds") and "does not exceed" in near
     assert far.endswith("(± 3.04 points, 95 %)")  # pooled deviation and standard error 0.00707, times 4.30
-    more = report.verdict([0.70, 0.71], [0.60, 0.61], [[0.5, 0.51]] * 6 + [[0.9]])
+    more = evaluate.verdict([0.70, 0.71], [0.60, 0.61], [[0.5, 0.51]] * 6 + [[0.9]])
     assert more.endswith("(± 1.63 points, 95 %)")  # the same deviation from eight pairs: 2.31 instead of 4.30
-    assert "unknown" in report.verdict([], [0.6, 0.61], [[0.5, 0.51]] * 6)
+    assert "unknown" in evaluate.verdict([], [0.6, 0.61], [[0.5, 0.51]] * 6)
 
 
 def test_mean_and_deviation_say_n():
@@ -184,18 +186,26 @@ def test_mean_and_deviation_say_n():
 
 
 def test_test_images_are_measured_once(tmp_path, monkeypatch, sample):
-    calls = []
-    monkeypatch.setattr(report, "evaluate", lambda model, images, spec, tta: calls.append(tta) or dict(accuracy=0.5 + tta / 10))
+    calls, labels = [], sample.test.y[:10]
+
+    def answer(model, images, spec, tta):
+        """Logits that are right for the first 5, 6, 7 of ten images."""
+        calls.append(tta)
+        given = torch.where(torch.arange(10) < 5 + tta, labels, (labels + 1) % 10)
+        return F.one_hot(given, 10).float()
+
+    monkeypatch.setattr(report, "predict", answer)
     (tmp_path / "run.json").write_text("{}")
 
     def loaded():
         manifest = json.loads((tmp_path / "run.json").read_text())
         return types.SimpleNamespace(model=None, manifest=manifest, folder=tmp_path)
 
-    split = types.SimpleNamespace(test=sample.test, spec=None)
+    split = types.SimpleNamespace(test=sample.test[:10], spec=None)
     for _ in range(2):
-        assert [report.tested(loaded(), split, tta)["accuracy"] for tta in (0, 1, 2)] == [0.5, 0.6, 0.7]
+        assert [round(report.tested(loaded(), split, tta)["accuracy"], 4) for tta in (0, 1, 2)] == [0.5, 0.6, 0.7]
     assert calls == [0, 1, 2]
+    assert (runs.load_answers(tmp_path) == labels).tolist() == [True] * 5 + [False] * 5
     other = types.SimpleNamespace(test=sample.test[:40], spec=None)
     with pytest.raises(WorkbookError, match="was tested on other images"):
         report.tested(loaded(), other)

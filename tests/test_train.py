@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 import torch
 
-from common import ROOT, WorkbookError, augment, evaluate, measure, optim, runs, slimming, train
+from common import ROOT, WorkbookError, augment, evaluate, measure, models, optim, runs, slimming, train
 from common.config import OPTIMIZERS, SCHEDULES, TrainConfig, native_precision
 from common.data import Images, Loader, Split
-from common.models import build
+from common.models import build, files
 from common.optim import lr_factor
 from common.train import fit
 
@@ -112,7 +113,7 @@ def undisturbed(tmp_path_factory):
 
 def is_undisturbed(folder, undisturbed):
     """Manifest, history, checkpoint and best weights are those of a training that nothing disturbed."""
-    state, expected = (runs.load_checkpoint(place / "checkpoint.pt") for place in (folder, undisturbed))
+    state, expected = (files.load_checkpoint(place / "checkpoint.pt") for place in (folder, undisturbed))
     assert same(state["model"], expected["model"]) and same(state["best"]["state_dict"], expected["best"]["state_dict"])
     assert same(runs.load_model(folder).state_dict(), expected["best"]["state_dict"])
     manifest = runs.load_manifest(folder)
@@ -131,7 +132,7 @@ def test_killed_process_resumes_exactly(undisturbed, tmp_path):
     time.sleep(0.5)
     killed.kill()
     killed.wait()
-    assert 1 <= len(runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) < CONFIG.epochs
+    assert 1 <= len(files.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) < CONFIG.epochs
     assert start(tmp_path / "run", 0).wait() == 0
     is_undisturbed(tmp_path / "run", undisturbed)
 
@@ -209,7 +210,7 @@ def test_checkpoint_every_k_epochs_and_at_the_end(small, tmp_path):
 
     def hook(row):
         path = tmp_path / "run" / "checkpoint.pt"
-        seen.append(len(runs.load_checkpoint(path)["history"]) if path.exists() else 0)
+        seen.append(len(files.load_checkpoint(path)["history"]) if path.exists() else 0)
 
     fit(network(), small, dataclasses.replace(CONFIG, epochs=5), tmp_path / "run", on_epoch=hook, every=2)
     assert seen == [0, 2, 2, 4, 5]
@@ -362,7 +363,7 @@ def test_hook_sees_clipped_gradients_and_penalty_is_added_after(small, tmp_path)
 def test_penalty_shrinks_gammas(penalty, small, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=4, lam=0.5, lr_other=0.1, penalty=penalty)
     run = fit(network(), small, config, tmp_path / "run")
-    run.model.load_state_dict(runs.load_checkpoint(run.folder / "checkpoint.pt")["model"])  # the last epoch, not the best
+    run.model.load_state_dict(files.load_checkpoint(run.folder / "checkpoint.pt")["model"])  # the last epoch, not the best
     values = torch.cat([g.detach() for g in slimming.gammas(run.model)]).abs()
     assert values.median() < 0.2
     assert (values == 0).any() == (penalty == "proximal")
@@ -406,7 +407,7 @@ def test_diverging_loss_is_reported_and_the_checkpoint_kept(small, tmp_path):
 
     with pytest.raises(WorkbookError, match="lower lr"):
         fit(network(), small, CONFIG, tmp_path / "run", on_grad=poison)
-    assert len(runs.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+    assert len(files.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
 
 
 def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_reported(small, tmp_path):
@@ -454,7 +455,7 @@ def test_illegal_settings(wrong):
 def test_model_files_rebuild_themselves(tmp_path):
     model = network()
     pruned = slimming.slim(model, slimming.make_masks(slimming.scores(model, "random"), 0.5))
-    path = runs.save_model(tmp_path / "model.pt", pruned)
+    path = files.save_model(tmp_path / "model.pt", pruned)
     again = runs.load_model(path, expect="resnet17")
     assert again.cfg == pruned.cfg and same(weights(again), weights(pruned))
 
@@ -466,7 +467,7 @@ class Bomb:
 
 def test_unusable_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good = runs.save_model(tmp_path / "good.pt", network())
+    good = files.save_model(tmp_path / "good.pt", network())
     (tmp_path / "truncated.pt").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
@@ -485,7 +486,7 @@ def test_unusable_checkpoints(tmp_path, monkeypatch):
 
 
 def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
-    path = runs.save_model(tmp_path / "model.pt", network())
+    path = files.save_model(tmp_path / "model.pt", network())
     before = path.read_bytes()
 
     def full(self, data):
@@ -494,7 +495,7 @@ def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs.Path, "write_bytes", full)
     with pytest.raises(WorkbookError, match="No space left"):
-        runs.save_model(path, network(seed=1))
+        files.save_model(path, network(seed=1))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -571,7 +572,7 @@ def after(small, folder, **changes):
     """Digest of the last weights of two epochs, of a network with everything a setting could act on."""
     settings = dict(epochs=2, optimizer="muon", lr=0.1, momentum=0.6, augment=("crop:2",), precision="no", select="last")
     config = TrainConfig(**{"batch_size": 30, **settings, **changes})
-    return runs.digest(fit(network(), small, config, folder).model)
+    return models.digest(fit(network(), small, config, folder).model)
 
 
 @pytest.fixture(scope="module")
@@ -739,7 +740,7 @@ def test_different_things_are_different_runs(small, tmp_path):
     ):
         with pytest.raises(WorkbookError, match=f"holds a run with {what}="):
             fit(model, split, CONFIG, tmp_path / "run")
-    assert runs.digest(network()) == runs.digest(network()) != runs.digest(network(seed=1))
+    assert models.digest(network()) == models.digest(network()) != models.digest(network(seed=1))
 
 
 def test_first_weights_are_the_same_but_for_the_last_bits():
@@ -747,22 +748,20 @@ def test_first_weights_are_the_same_but_for_the_last_bits():
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1 + 1e-7)
-    assert runs.digest(one) != runs.digest(other) and runs.fingerprint(one) == runs.fingerprint(other)
+    assert models.digest(one) != models.digest(other) and models.fingerprint(one) == models.fingerprint(other)
 
 
 def test_a_run_made_before_digests_is_loaded_and_goes_on(small, tmp_path, capsys):
     with pytest.raises(Stop):
         fit(network(), small, CONFIG, tmp_path / "run", on_epoch=stop_after(1))
     path = tmp_path / "run" / "checkpoint.pt"
-    state = runs.load_checkpoint(path)
+    state = files.load_checkpoint(path)
     del state["data"]["pixels"], state["start"], state["parts"]
-    path.write_bytes(runs.torch_bytes(state | dict(commit="aaa, bbb", precision="no")))
-    runs.save_result(tmp_path / "run", machine=runs.load_manifest(tmp_path / "run")["machine"] | dict(cpu="older"))
+    path.write_bytes(files.torch_bytes(state | dict(commit="aaa, bbb", precision="no")))
     run = fit(network(), small, CONFIG, tmp_path / "run")
     told = capsys.readouterr().out
-    assert "made before digests, so its pixels are not compared" in told and "its weights are not compared" in told
+    assert "made before digests, so its pixels and weights are not compared" in told
     assert len(run.history) == CONFIG.epochs and run.manifest["commit"].startswith("aaa, bbb, ")
-    assert run.manifest["parts"][0]["machines"][0]["cpu"] == "older"
     assert [part["epochs"] for part in run.manifest["parts"]] == [1, 2] and run.manifest["data"].get("pixels") is None
 
 
@@ -779,7 +778,7 @@ def test_a_process_that_slept_overwrites_nothing(small, tmp_path):
         fit(network(), small, CONFIG, folder, on_epoch=meanwhile)
     manifest = runs.load_manifest(folder)
     assert manifest["finished"] and manifest["test"] == dict(accuracy=0.5)
-    assert same(runs.load_model(folder).state_dict(), runs.load_checkpoint(folder / "checkpoint.pt")["best"]["state_dict"])
+    assert same(runs.load_model(folder).state_dict(), files.load_checkpoint(folder / "checkpoint.pt")["best"]["state_dict"])
 
 
 def test_a_run_that_another_process_has_finished_meanwhile_is_loaded(small, tmp_path, monkeypatch):
@@ -798,10 +797,10 @@ def test_a_run_that_another_process_has_finished_meanwhile_is_loaded(small, tmp_
 
 
 def test_a_process_that_stopped_while_saving_is_named(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.filelock, "FileLock", functools.partial(runs.filelock.FileLock, is_singleton=False))
+    monkeypatch.setattr(filelock, "FileLock", functools.partial(filelock.FileLock, is_singleton=False))
     with pytest.raises(WorkbookError, match="stopped while it was saving"), runs.locked(tmp_path):
-        lock = runs.filelock.FileLock(tmp_path / "lock", timeout=0.1)
-        monkeypatch.setattr(runs.filelock, "FileLock", lambda *_, **__: lock)
+        lock = filelock.FileLock(tmp_path / "lock", timeout=0.1)
+        monkeypatch.setattr(filelock, "FileLock", lambda *_, **__: lock)
         with runs.locked(tmp_path):
             pass
 

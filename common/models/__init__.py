@@ -1,5 +1,6 @@
 """The networks by name, built from `cfg`, one width a prune group: pruned, it is another `cfg`."""
 
+import hashlib
 import inspect
 
 import torch
@@ -9,7 +10,17 @@ from common import WorkbookError, choose, params
 from common.models import fastnet, mobilenet, resnet, vgg
 from common.models.groups import KINDS, Group, Whiten
 
-__all__ = ["KINDS", "MODELS", "Group", "arguments_of", "build", "fresh", "pytorch_init"]
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "Group",
+    "arguments_of",
+    "build",
+    "digest",
+    "fingerprint",
+    "fresh",
+    "pytorch_init",
+]
 
 MODELS = {**resnet.MODELS, **vgg.MODELS, **fastnet.MODELS, **mobilenet.MODELS}
 
@@ -55,3 +66,24 @@ def pytorch_init(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d) and not isinstance(module, Whiten):
             module.reset_parameters()
     return model
+
+
+def digest(model: nn.Module) -> str:
+    """16 hex digits of the SHA-256 of all weights and their names: tells models apart."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Four digits of weighted sums of the trained weights, and of the squares of all else.
+
+    Unlike a digest it does not see last bits and whitening's signs, in which machines differ.
+    """
+    state = {name: v.detach().cpu().double().flatten() for name, v in model.state_dict().items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    flat = torch.cat([state.pop(name) for name in trained]) if trained else torch.zeros(3)
+    waves = flat * torch.arange(len(flat), dtype=torch.float64).cos_()
+    rest = sum(value.square().sum() for value in state.values())
+    return " ".join(f"{float(value):.4g}" for value in (*map(torch.sum, waves.chunk(3)), rest))
