@@ -1,5 +1,6 @@
 """How does one run a training, or a study, without a notebook? Settings are options."""
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +36,7 @@ from common.config import (
 from common.evaluate import paired
 from common.models import files
 
-VERDICTS = (
-    "Differences of test accuracy, on the same images, with McNemar's 95 % interval. It knows the "
-    "chance in the images, not in the seeds: so one pair of runs settles nothing, and two do only "
-    "if both intervals lie on the same side of 0."
-)
-COLUMNS = ("run", "state", "PMACs", "in all", "minutes", "params", "macs", "validation", "test")
+COLUMNS = "run", "state", "PMACs", "in all", "minutes", "params", "macs", "validation"
 
 
 @dataclass(frozen=True)
@@ -140,79 +136,70 @@ def folder_of(study: str, key: str) -> Path:
     return runs.folder(f"{study}-{key.replace('/', '-')}")
 
 
-def write_experiment(study: Study, labels) -> Path:
+def write_experiment(study: Study, labels) -> None:
     """Write `reports/<study>_experiment.md`: what is done, what is open, what the runs say.
 
     `labels` (N,): of the test images.
     """
-    rows, finished = [], {}
+    found = {}
     for key in study.runs:
-        manifest = manifest_of(study, key)
-        if "recorded" in manifest:
-            finished[key] = manifest
-        rows.append(experiment_row(study, key, manifest))
-    parts = [f"# {study.more.get('title', study.name)}", study.more.get("text", "")]
-    reasons = [
+        with contextlib.suppress(WorkbookError):  # it has not begun
+            found[key] = runs.load_manifest(folder_of(study.name, key).name)
+    done = {key: manifest for key, manifest in found.items() if "recorded" in manifest}
+    spent = {key: study.about[key.split("/")[0]].get("pmacs", 0) for key in study.runs}
+    hours = sum(manifest["seconds"] for manifest in done.values()) / 3600
+    left = hours * (sum(spent.values()) / max(sum(spent[key] for key in done), 1e-9) - 1)
+    state = f"{len(done)} of {len(study.runs)} runs are done"
+    state += f"; at their pace the others take {left:.1f} hours of training." if done else "."
+    rows = [experiment_row(study, key, found.get(key)) for key in study.runs]
+    answers = [compare(study, labels, done, **each) for each in study.more.get("comparisons", ())]
+    purposes = [
         f"- **{name}**: {told['why']}" for name, told in study.about.items() if "why" in told
     ]
-    done = f"{len(finished)} of {len(study.runs)} runs are done."
-    parts += ["## What each run is for", "\n".join(reasons), "## Runs", done, report.table(rows)]
-    parts += ["## What the runs say", VERDICTS]
-    parts += [
-        compare(study, labels, finished, **each) for each in study.more.get("comparisons", ())
-    ]
-    parts += [study.more.get("notes", ""), "## Where the numbers come from"]
-    parts += ["\n".join(map(report.provenance, finished.values())), report.FOOT]
-    index = runs.recorded("", "run.json").parents[1]
-    path = write_file(index / f"{study.name}_experiment.md", "\n\n".join(filter(None, parts)))
-    report.write_index(index)
-    return path
+    parts = [f"# {study.more.get('title', study.name)}", study.more.get("text"), "## Runs"]
+    parts += ["\n".join(purposes), state]
+    parts += [report.table(rows), "## What the runs say", report.table(answers)]
+    parts += [study.more.get("notes"), "## Where the numbers come from"]
+    parts += ["\n".join(map(report.provenance, done.values())), report.FOOT]
+    folder = runs.recorded("", "run.json").parents[1]
+    write_file(folder / f"{study.name}_experiment.md", "\n\n".join(filter(None, parts)))
+    report.write_index(folder)
 
 
-def manifest_of(study: Study, key: str) -> dict:
-    """The manifest of a run of a study as far as it has come; empty before its first epoch."""
-    try:
-        return runs.load_manifest(folder_of(study.name, key).name)
-    except WorkbookError:
-        return {}
-
-
-def experiment_row(study: Study, key: str, manifest: dict) -> dict:
+def experiment_row(study: Study, key: str, manifest: dict | None) -> dict:
     """A row of the table of runs; computation in all counts the run that it starts from, too."""
     settings, spent = study.runs[key], study.about[key.split("/")[0]].get("pmacs", 0)
     origin = settings.get("init", "random").split(",")[0]
     names = {folder_of(study.name, other).name: other.split("/")[0] for other in study.runs}
-    before = study.about[names[origin]].get("pmacs", 0) if origin in names else 0
+    total = spent + study.about.get(names.get(origin), {}).get("pmacs", 0)
     state = f"epoch {manifest['epochs']} of {settings['epochs']}" if manifest else "open"
-    done = "recorded" in manifest
-    row = {"run": key, "state": "done" if done else state}
-    row |= {"PMACs": f"{spent:.3g}", "in all": f"{spent + before:.3g}"}
-    if done:
-        row |= dict(minutes=manifest["seconds"] / 60, validation=manifest["best"]["val_accuracy"])
-        model = models.build(**manifest["spec"])
-        row |= {"test": manifest["test"]["accuracy"], "params": measure.params(model)}
-        row |= {"macs": measure.macs(model)}
-    return dict.fromkeys(COLUMNS, "–") | row
+    row = {"run": key, "state": state, "PMACs": f"{spent:.3g}", "in all": f"{total:.3g}"}
+    if not manifest or "recorded" not in manifest:
+        return dict.fromkeys(COLUMNS, "–") | row
+    model = models.build(**manifest["spec"])
+    row |= dict(state="done", minutes=manifest["seconds"] / 60)
+    row |= dict(params=measure.params(model), macs=measure.macs(model))
+    return row | {
+        "validation": manifest["best"]["val_accuracy"],
+        "test, single view": manifest["test"]["accuracy"],
+    }
 
 
-def compare(study: Study, labels, finished: dict, question: str, a: str, b: str) -> str:
-    """What recorded runs say of two configurations, seed by seed, in a few lines of Markdown."""
-    lines, signs = [f"**{question}**"], []
-    for key in (key for key in finished if key.startswith(f"{a}/")):
-        other = f"{b}/{key.split('/')[1]}"
-        if other in finished:
-            names = (folder_of(study.name, each).name for each in (key, other))
+def compare(study: Study, labels, done: dict, question: str, a: str, b: str) -> dict:
+    """A row of the table of differences: two configurations, seed by seed, in points."""
+    row, signs = {"question": question, "difference": f"{a} − {b}"}, []
+    for seed in sorted({settings["seed"] for settings in study.runs.values()}):
+        keys, text = (f"{a}/{seed}", f"{b}/{seed}"), "open"
+        if done.keys() >= {*keys}:
+            names = (folder_of(study.name, key).name for key in keys)
             difference, half = paired(*map(runs.load_answers, names), labels)
-            signs.append((difference > 0) - (difference < 0) if abs(difference) > half else 0)
-            lines.append(f"- {key} − {other}: {100 * difference:+.2f} ± {100 * half:.2f} points")
-    if not signs:
-        verdict = "Open."
-    elif 0 in signs or len(set(signs)) > 1:
-        verdict = "Not told apart."
-    else:
-        verdict = f"{a if signs[0] > 0 else b} is better"
-        verdict += " in both seeds: settled." if len(signs) > 1 else "; one seed, so not settled."
-    return "\n".join([*lines, "", verdict])
+            signs.append(0 if abs(difference) <= half else 1 if difference > 0 else -1)
+            text = f"{100 * difference:+.2f} ± {100 * half:.2f}"
+        row[f"seed {seed}"] = text
+    better = f"{a if signs[:1] == [1] else b} is better"
+    verdict = better if len(signs) > 1 else f"{better}, in one seed"
+    verdict = verdict if len({*signs}) == 1 and 0 not in signs else "not told apart"
+    return row | dict(verdict=verdict if signs else "open")
 
 
 def record_main() -> None:

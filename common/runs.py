@@ -67,9 +67,9 @@ def place_of(run) -> Path:
 
 
 def file_of(run, file: str) -> Path:
-    """A file of a run, given by name or folder: in that folder, or else among the recorded."""
+    """A file of a run, given by name or folder: there if it has ended, or else as recorded."""
     place = place_of(run)
-    here = (place / "run.json").exists() or not is_recorded(place.name)
+    here = (place / "best.pt").exists() or not is_recorded(place.name)
     return place / file if here else recorded(place.name, file)
 
 

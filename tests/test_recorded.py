@@ -256,7 +256,7 @@ def test_an_experiment_says_how_far_it_has_come(study, places, monkeypatch):
         patch.setattr(cli, "pruned", stop)
         sweep.run(command(study))
     text = (places / "reports" / "order_experiment.md").read_text()
-    assert "1 of 5 runs are done." in text and "**sparse**: the dense one" in text
+    assert "1 of 5 runs are done; at their pace the others take " in text and "**sparse**: the dense one" in text
     assert re.search(r"half/0 +\| open +\| 0.002 +\| 0.003 ", text)  # its own, and with that of the run it starts from
     sweep.run(command(study))
     text = (places / "reports" / "order_experiment.md").read_text()
