@@ -177,12 +177,12 @@ def test_another_training_is_not_recorded_over_the_first(once, small):
     assert runs.recorded("once", "run.json").read_text() == before
 
 
-def test_weights_that_rounding_spoils_are_not_recorded(places, small, monkeypatch):
-    fit(network(small), small, CONFIG, runs.folder("once"))
+def test_weights_that_rounding_spoils_are_kept_as_they_are(places, small, monkeypatch):
+    run = fit(network(small), small, CONFIG, runs.folder("once"))
     monkeypatch.setattr(files, "rounded", lambda model: network(small, seed=5))
-    with pytest.raises(WorkbookError, match="half precision moves an accuracy from .* record it without weights"):
-        report.record("once", small, weights=True)
-    assert not runs.is_recorded("once")
+    report.record("once", small, weights=True)
+    shutil.rmtree(runs.folder("once"))
+    assert same_weights(runs.load_model("once"), run.model)
 
 
 def test_a_start_is_the_same_from_the_run_and_from_its_record(places, small):
@@ -251,7 +251,7 @@ def test_an_experiment_says_how_far_it_has_come(study, places, monkeypatch):
 
     sweep.run(cli.StudyCommand(str(study), workers=0, in_order=True))
     text = (places / "reports" / "order_experiment.md").read_text()
-    assert "0 of 5 runs are done." in text and "Open." in text and text.startswith("# An experiment")
+    assert "0 of 5 runs are done." in text and len(re.findall(r"\bopen\b", text)) == 8 and text.startswith("# An experiment")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cli, "pruned", stop)
         sweep.run(command(study))
@@ -260,7 +260,7 @@ def test_an_experiment_says_how_far_it_has_come(study, places, monkeypatch):
     assert re.search(r"half/0 +\| open +\| 0.002 +\| 0.003 ", text)  # its own, and with that of the run it starts from
     sweep.run(command(study))
     text = (places / "reports" / "order_experiment.md").read_text()
-    differences = re.findall(r"- half/(\d) − sparse/\1: ([+-]\d+\.\d\d) ± \d+\.\d\d points", text)
+    differences = list(enumerate(re.findall(r"([+-]\d+\.\d\d) ± \d+\.\d\d", text)))
     accuracy = lambda name: runs.load_manifest(f"order-{name}")["test"]["accuracy"]
     for seed, points in differences:
         assert float(points) == pytest.approx(100 * (accuracy(f"half-{seed}") - accuracy(f"sparse-{seed}")), abs=0.006)
