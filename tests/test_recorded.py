@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from common import ROOT, WorkbookError, cli, config, data, models, report, runs, slimming, sweep, train
+from common import ROOT, WorkbookError, cli, config, data, measure, models, report, runs, slimming, sweep, train
 from common.config import TrainConfig
 from common.evaluate import paired, predict
 from common.models import files
@@ -372,3 +372,57 @@ def test_recorded_weights_stay_small():
     sizes = {path.stem: path.stat().st_size for path in (ROOT / "reports" / "weights").glob("*.pt")}
     assert set(sizes) <= {path.stem for path in RECORDED}
     assert sum(sizes.values()) <= 45e6 and sum(n for name, n in sizes.items() if name.startswith("lab2")) <= 18e6
+
+
+EXPERIMENT = config.read_study(ROOT / "Lab2" / "experiment.yaml")
+
+
+def cost(spec, settings):
+    """10^15 multiply-accumulates of a training."""
+    images = 2000 if settings["dataset"] == "cifar10-sample" else 45_000
+    return measure.pflops(models.build(**spec), images, settings["epochs"], settings.get("low_res", 0)) / 2
+
+
+@pytest.mark.parametrize("key", EXPERIMENT.runs)
+def test_the_experiment_says_what_its_runs_cost(key):
+    """As computed from the network of the file, or of the recorded run, if it starts from another."""
+    settings, said = EXPERIMENT.runs[key], EXPERIMENT.about[key.split("/")[0]]["pmacs"]
+    name = cli.folder_of("lab2", key).name
+    if "init" not in settings:
+        assert cost(config.config_and_network(settings)[1], settings) == pytest.approx(said, rel=0.005)
+    elif runs.is_recorded(name):
+        assert cost(runs.load_manifest(name)["spec"], settings) == pytest.approx(said, rel=0.03)  # seeds differ in cfg
+
+
+def test_rivals_have_as_much_computation():
+    spent = {name: told["pmacs"] for name, told in EXPERIMENT.about.items()}
+    for rival in ("small", "uniform", "longer"):
+        assert spent[rival] == pytest.approx(spent["sparse"] + spent["gap"], rel=0.025)
+    assert spent["tenth-small"] == pytest.approx(spent["sparse"] + spent["tenth"], rel=0.025)
+    sizes = {name: measure.macs(models.build(**config.config_and_network(EXPERIMENT.runs[f"{name}/0"])[1]))
+             for name in ("small", "uniform")}  # fmt: skip
+    assert sizes["small"] == pytest.approx(sizes["uniform"], rel=0.001)
+
+
+def test_rivals_have_the_widths_that_pruning_leaves():
+    dense = runs.load_model("lab2-sparse-0")
+    scores = slimming.scores(dense)
+    for rival, ratio in (("small", slimming.gap(scores)), ("tenth-small", 0.9)):
+        left = slimming.slim(dense, slimming.make_masks(scores, ratio, min_channels=4))
+        assert left.cfg == EXPERIMENT.runs[f"{rival}/0"]["cfg"]
+
+
+def test_the_report_of_the_experiment_is_made_of_the_records():
+    """Test accuracies and differences; the answers alone do not tell the labels, so only differences of accuracies."""
+    text = (ROOT / "reports" / "lab2_experiment.md").read_text()
+    done = re.findall(r"^\| ([\w.-]+)/(\d) +\| done .*\| +([\d.]+)% +\| +([\d.]+)% +\|$", text, re.M)
+    assert len(done) == int(re.search(r"^(\d+) of \d+ runs are done", text, re.M)[1]) > 0
+    for name, seed, validation, test in done:
+        manifest = runs.load_manifest(f"lab2-{name}-{seed}")
+        found = manifest["best"]["val_accuracy"], manifest["test"]["accuracy"]
+        assert [f"{value:.2%}" for value in found] == [f"{validation}%", f"{test}%"]
+    accuracy = {(name, seed): float(test) for name, seed, _, test in done}
+    for a, b, *differences in re.findall(r"\| ([\w-]+) − ([\w-]+) +\| ([+-][\d.]+|open)[^|]*\| ([+-][\d.]+|open)", text):
+        for seed, said in enumerate(differences):
+            if said != "open":
+                assert float(said) == pytest.approx(accuracy[a, str(seed)] - accuracy[b, str(seed)], abs=0.011)
