@@ -110,6 +110,27 @@ def test_another_start_or_other_data_train(once, small, differs, capsys):
     assert f"the recorded run has {differs}=" in capsys.readouterr().out
 
 
+def test_a_start_from_another_run_is_told_by_init(places, small, monkeypatch):
+    """Its weights may differ, as where they were recalibrated on another machine."""
+    told = config.dataclasses.replace(CONFIG, init="sparse, gap")
+    fit(network(small), small, told, runs.folder("once"))
+    report.record("once", small)
+    shutil.rmtree(runs.folder("once"))
+    no_training(monkeypatch)
+    assert fit(network(small, seed=1), small, told, runs.folder("once")).manifest["config"]["init"] == "sparse, gap"
+
+
+def test_an_unfinished_folder_hides_no_record(once, small):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(small), small, CONFIG, runs.folder("once"), on_epoch=stop, retrain=True)
+    assert runs.load_manifest("once") == once.manifest
+    assert same_weights(runs.load_model("once"), files.rounded(once.model))
+    assert "recorded" not in fit(network(small), small, CONFIG, runs.folder("once")).manifest, "what was begun goes on"
+
+
 def test_a_run_of_ones_own_comes_first(once, small):
     own = fit(network(small), small, CONFIG, runs.folder("once"), retrain=True)
     again = fit(network(small), small, CONFIG, runs.folder("once"))

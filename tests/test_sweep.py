@@ -84,6 +84,14 @@ def test_heartbeats_are_what_was_asked_for(runs, tmp_path):
     assert inner.heartbeat_interval == 7 and inner.grace_period == 7 * sweep.MISSED
 
 
+def test_settings_may_be_merged(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "shared: {slow: &slow {lr: 0.01, epochs: 1}}\n")
+    text = path.read_text().replace("configurations:", "configurations:\n  merged: {<<: *slow, lr: 0.02}")
+    path.write_text("\n".join(sorted(text.split("\n"), key=lambda line: not line.startswith("shared"))))
+    assert (study := config.read_study(path)).runs["merged/0"]["lr"] == 0.02 and study.runs["merged/0"]["epochs"] == 1
+
+
 def test_a_file_that_grew_adds_its_new_runs(runs, tmp_path):
     sweep.work(sweep.open_study(config.read_study(write(tmp_path, configurations=dict(plain=None), seeds=[0]))))
     opened = sweep.open_study(config.read_study(write(tmp_path, seeds=[0])))
