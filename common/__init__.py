@@ -3,9 +3,13 @@
 import contextlib
 import difflib
 import os
+import time
+import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[1]
+ROOT = HOME if (HOME / "pyproject.toml").exists() else Path.cwd()  # or it was installed
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported; on a Mac
 
 
 class WorkbookError(Exception):
@@ -28,13 +32,22 @@ def folder_from(variable: str, default: str) -> Path:
 
 
 def write_file(path, data: bytes | str) -> Path:
-    """Write a file whole or not at all; raises WorkbookError where that fails."""
+    """Write a file whole or not at all; raises WorkbookError where that fails.
+
+    What a process that was killed left half-written is swept up a day later.
+    """
     path = Path(path).expanduser()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open(partial, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+        for left in path.parent.glob("*.partial"):
+            if left.name.startswith(path.name) and time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -61,3 +74,16 @@ def locked(folder: Path):
         yield
     finally:
         lock.release()
+
+
+def claim(folder: Path) -> str:
+    """Become the one process that may write a run; an earlier one stops when it saves next."""
+    owner = uuid.uuid4().hex
+    write_file(folder / "owner", owner)
+    with locked(folder):  # a save that has begun ends first
+        return owner
+
+
+def owner_of(folder: Path) -> str | None:
+    mark = folder / "owner"
+    return mark.read_text() if mark.exists() else None

@@ -96,7 +96,7 @@ LARGEST = dict(flip=100, crop=31, cutout=32, affine=180, colour=100)
 
 
 def parse_augment(names) -> list:
-    """`("flip", "crop:2")` → [(flip, ()), (crop, (2,))]; WorkbookError for what is not known."""
+    """`("flip", "crop:2")` → [(flip, (50,)), (crop, (2,))]; WorkbookError for what is not known."""
     steps = []
     for item in names:
         name, _, number = str(item).partition(":")
@@ -106,5 +106,6 @@ def parse_augment(names) -> list:
         if number and not (number.isdigit() and int(number) <= LARGEST[name]):
             legal = f"a whole number from 0 to {LARGEST[name]}, as in 'crop:4'"
             raise WorkbookError(f"augmentation {item!r}: after ':' comes {legal}")
-        steps.append((AUGMENT[name], (int(number),) if number else ()))
+        default = getattr(AUGMENT[name], "__defaults__", ())
+        steps.append((AUGMENT[name], (int(number),) if number else default))
     return steps

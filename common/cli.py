@@ -1,6 +1,5 @@
 """How does one run a training, or a study, without a notebook? Settings are options."""
 
-import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,29 +13,23 @@ from common import (
     WorkbookError,
     choose,
     data,
-    measure,
     models,
     params,
     report,
     runs,
     slimming,
     train,
-    write_file,
 )
 from common.augment import normalise
 from common.config import (
     DATA,
     FIELDS,
-    Study,
     TrainConfig,
     check_settings,
     config_and_network,
     parse_init,
 )
-from common.evaluate import paired
 from common.models import files
-
-COLUMNS = "run", "state", "PMACs", "in all", "minutes", "params", "macs", "validation"
 
 
 @dataclass(frozen=True)
@@ -70,8 +63,6 @@ class StudyCommand:
     threads: int | None = None  # threads of each; default: the cores are shared out
     # sqlite:///PATH, postgresql+psycopg://…, mysql://… or journal:PATH; default: sqlite in runs/
     storage: str | None = None
-    # no queue: one run after the other, the first seeds of all first, and each is recorded
-    in_order: bool = False
     requeue: bool = False  # first queue again what has failed
     # the same, and all that is said to run: when you know that its workers are gone
     requeue_all: bool = False
@@ -94,17 +85,17 @@ def start(settings: dict, split: data.Split, folder: Path, **options) -> runs.Ru
         x = normalise(split.train.x[:5000], split.spec)
         model = models.fresh(seed=config.seed, x=x, **network)
     else:
-        model = pruned(config.init, split)
+        model = pruned(config.init, split, settings["model"])
     return train.fit(model, split, config, folder, **options)
 
 
-def pruned(init: str, split: data.Split) -> nn.Module:
+def pruned(init: str, split: data.Split, expect: str | None = None) -> nn.Module:
     """The network that `init` tells of, as in "lab2-sparse-0, gap": cut and recalibrated.
 
     Weights are rounded as in recording, so that it does not matter where the run is read from.
     """
     name, ratio = parse_init(init)
-    dense = files.rounded(runs.load_model(name))
+    dense = files.rounded(runs.load_model(name, expect))
     found = slimming.scores(dense)
     ratio = slimming.gap(found) if ratio is None else ratio
     masks = slimming.make_masks(found, ratio, min_channels=4)
@@ -112,94 +103,9 @@ def pruned(init: str, split: data.Split) -> nn.Module:
     return slimming.recalibrate_bn(slimming.slim(dense, masks), images)
 
 
-def in_order(study: Study, load, only_report: bool = False) -> None:
-    """Train what is missing of a study, one run after the other, and record each run.
-
-    All runs of the first seeds come first. `load(dataset, val)` gives a split. Then, and after each
-    run, `reports/<study>_experiment.md` is written.
-    """
-    keys = sorted(study.runs, key=lambda key: study.runs[key]["seed"])  # else as in the file
-    for key in () if only_report else keys:
-        settings, folder = study.runs[key], folder_of(study.name, key)
-        split = load(settings["dataset"], settings.get("val"))
-        run = start(settings, split, folder)
-        if "recorded" not in run.manifest:
-            told = study.about[key.split("/")[0]]
-            report.record(folder.name, split, settings["seed"] in told.get("weights", ()))
-            write_experiment(study, split.test.y)
-    first = study.runs[keys[0]]
-    write_experiment(study, load(first["dataset"], first.get("val")).test.y)
-
-
 def folder_of(study: str, key: str) -> Path:
     """Where a run of a study is kept: `runs/<study>-<configuration>-<seed>/`."""
     return runs.folder(f"{study}-{key.replace('/', '-')}")
-
-
-def write_experiment(study: Study, labels) -> None:
-    """Write `reports/<study>_experiment.md`: what is done, what is open, what the runs say.
-
-    `labels` (N,): of the test images.
-    """
-    found = {}
-    for key in study.runs:
-        with contextlib.suppress(WorkbookError):  # it has not begun
-            found[key] = runs.load_manifest(folder_of(study.name, key).name)
-    done = {key: manifest for key, manifest in found.items() if "recorded" in manifest}
-    spent = {key: study.about[key.split("/")[0]].get("pmacs", 0) for key in study.runs}
-    hours = sum(manifest["seconds"] for manifest in done.values()) / 3600
-    left = hours * (sum(spent.values()) / max(sum(spent[key] for key in done), 1e-9) - 1)
-    state = f"{len(done)} of {len(study.runs)} runs are done"
-    state += f"; at their pace the others take {left:.1f} hours of training." if done else "."
-    rows = [experiment_row(study, key, found.get(key)) for key in study.runs]
-    answers = [compare(study, labels, done, **each) for each in study.more.get("comparisons", ())]
-    purposes = [
-        f"- **{name}**: {told['why']}" for name, told in study.about.items() if "why" in told
-    ]
-    parts = [f"# {study.more.get('title', study.name)}", study.more.get("text"), "## Runs"]
-    parts += ["\n".join(purposes), state]
-    parts += [report.table(rows), "## What the runs say", report.table(answers)]
-    parts += [study.more.get("notes"), "## Where the numbers come from"]
-    parts += ["\n".join(map(report.provenance, done.values())), report.FOOT]
-    folder = runs.recorded("", "run.json").parents[1]
-    write_file(folder / f"{study.name}_experiment.md", "\n\n".join(filter(None, parts)))
-    report.write_index(folder)
-
-
-def experiment_row(study: Study, key: str, manifest: dict | None) -> dict:
-    """A row of the table of runs; computation in all counts the run that it starts from, too."""
-    settings, spent = study.runs[key], study.about[key.split("/")[0]].get("pmacs", 0)
-    origin = settings.get("init", "random").split(",")[0]
-    names = {folder_of(study.name, other).name: other.split("/")[0] for other in study.runs}
-    total = spent + study.about.get(names.get(origin), {}).get("pmacs", 0)
-    state = f"epoch {manifest['epochs']} of {settings['epochs']}" if manifest else "open"
-    row = {"run": key, "state": state, "PMACs": f"{spent:.3g}", "in all": f"{total:.3g}"}
-    if not manifest or "recorded" not in manifest:
-        return dict.fromkeys(COLUMNS, "–") | row
-    model = models.build(**manifest["spec"])
-    row |= dict(state="done", minutes=manifest["seconds"] / 60)
-    row |= dict(params=measure.params(model), macs=measure.macs(model))
-    return row | {
-        "validation": manifest["best"]["val_accuracy"],
-        "test, single view": manifest["test"]["accuracy"],
-    }
-
-
-def compare(study: Study, labels, done: dict, question: str, a: str, b: str) -> dict:
-    """A row of the table of differences: two configurations, seed by seed, in points."""
-    row, signs = {"question": question, "difference": f"{a} − {b}"}, []
-    for seed in sorted({settings["seed"] for settings in study.runs.values()}):
-        keys, text = (f"{a}/{seed}", f"{b}/{seed}"), "open"
-        if done.keys() >= {*keys}:
-            names = (folder_of(study.name, key).name for key in keys)
-            difference, half = paired(*map(runs.load_answers, names), labels)
-            signs.append(0 if abs(difference) <= half else 1 if difference > 0 else -1)
-            text = f"{100 * difference:+.2f} ± {100 * half:.2f}"
-        row[f"seed {seed}"] = text
-    better = f"{a if signs[:1] == [1] else b} is better"
-    verdict = better if len(signs) > 1 else f"{better}, in one seed"
-    verdict = verdict if len({*signs}) == 1 and 0 not in signs else "not told apart"
-    return row | dict(verdict=verdict if signs else "open")
 
 
 def record_main() -> None:
@@ -210,7 +116,7 @@ def record_main() -> None:
             told = runs.load_manifest(runs.folder(name))["data"]
             report.record(name, data.load(told["name"], told["val"]), command.weights)
             print(f"recorded {name}")
-        report.write_index(runs.recorded("", "run.json").parents[1])
+        report.write_index(report.recorded_folder())
     except WorkbookError as error:
         sys.exit(f"error: {error}")
 

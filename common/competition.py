@@ -12,22 +12,56 @@ from torch import Tensor
 
 from common import WorkbookError, write_file
 
-# What numpy's arrays are pickled as, by numpy 1 and 2, and harmless builtin types.
-SAFE = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}
-for core in ("numpy.core", "numpy._core"):
-    SAFE |= {(f"{core}.multiarray", "_reconstruct"), (f"{core}.numeric", "_frombuffer")}
-for kind in ("bytes", "bytearray", "complex", "set", "slice"):
-    SAFE |= {("builtins", kind), ("__builtin__", kind)}
 WANTED = 'give a pickled {b"data": uint8 array of shape (N, 32, 32, 3) or (N, 3072)}'
 
 
+class Kind:
+    """Stands in for numpy.dtype: plain numbers in this machine's byte order, nothing else."""
+
+    def __init__(self, name, *_):
+        self.dtype = np.dtype(name if isinstance(name, str) else name.decode())
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"it asks for an array of {self.dtype}")
+
+    def __setstate__(self, state):  # version, byte order, parts and fields, sizes, flags
+        if state[1] not in ("<", "|") or state[2:5] != (None, None, None):
+            raise pickle.UnpicklingError("it asks for numbers in another byte order, or with parts")
+
+
+class Numbers:
+    """Stands in for numpy.ndarray: `values` are copied from the file's bytes, by their length."""
+
+    def __init__(self, *_):
+        self.values = None
+
+    def __setstate__(self, state):
+        _, shape, kind, by_column, raw = state
+        self.fill(raw, kind, shape, "F" if by_column else "C")
+
+    def fill(self, raw, kind, shape, order):
+        self.values = np.array(np.frombuffer(raw, kind.dtype).reshape(shape, order=order))
+        return self
+
+
+# What numpy 1 and 2 pickle arrays as, and what Python pickles bytes as.
+STAND_INS = {("numpy", "ndarray"): Numbers, ("numpy", "dtype"): Kind}
+STAND_INS["_codecs", "encode"] = lambda text, _: text.encode("latin1")
+for core in ("numpy.core", "numpy._core"):
+    STAND_INS[f"{core}.multiarray", "_reconstruct"] = Numbers
+    STAND_INS[f"{core}.numeric", "_frombuffer"] = lambda *state: Numbers().fill(*state)
+for module in ("builtins", "__builtin__"):
+    STAND_INS[module, "bytes"] = STAND_INS[module, "bytearray"] = lambda value=b"": b"".join(
+        [value]
+    )
+
+
 class ArraysOnly(pickle.Unpickler):
-    """An unpickler that knows numpy arrays and plain builtin types, and refuses all else."""
+    """An unpickler that knows arrays of numbers and bytes by its own stand-ins, nothing else."""
 
     def find_class(self, module, name):
-        if (module, name) not in SAFE:
+        if (module, name) not in STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+        return STAND_INS[module, name]
 
 
 def read_images(path) -> tuple:
@@ -47,6 +81,7 @@ def read_images(path) -> tuple:
         raise WorkbookError(f"{path} is not admitted ({reason}); {WANTED}") from None
     content = content if isinstance(content, dict) else {}
     found, ids = (content.get(key.encode(), content.get(key)) for key in ("data", "ids"))
+    found, ids = (part.values if isinstance(part, Numbers) else part for part in (found, ids))
     shape, kind = getattr(found, "shape", ()), getattr(found, "dtype", type(found).__name__)
     if kind != np.uint8 or shape[1:] not in ((32, 32, 3), (3072,)) or not len(found):
         raise WorkbookError(f'{path} holds {kind} of shape {shape} under b"data"; {WANTED}')
@@ -69,7 +104,8 @@ def read_picture(path) -> Tensor:
         picture = picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # a damaged PNG is a SyntaxError to pillow
-        advice = "give a PNG, JPEG or WebP file of 8 bits"
+        missing = isinstance(error, FileNotFoundError)
+        advice = "give another path" if missing else "give a PNG, JPEG or WebP file of 8 bits"
         raise WorkbookError(f"{path} cannot be read as a picture ({error}); {advice}") from None
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture).convert("RGB")

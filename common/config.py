@@ -6,15 +6,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, get_type_hints
 
-import torch
 from torch import nn
 
 from common import WorkbookError, choose, models
 from common.augment import parse_augment
 from common.data import Split, check_val, pixels, sha256
-from common.params import mapping, number, one_of, optional, read_yaml, several, switch, text, whole
 from common.params import name as legal_name
-from common.slimming import PENALTIES
+from common.params import (
+    number,
+    one_of,
+    optional,
+    read_yaml,
+    several,
+    switch,
+    text,
+    texts,
+    whole,
+)
+from common.slimming import PENALTIES, trained_gammas
 from common.sources import SPECS
 
 OPTIMIZERS = ("sgd", "adam", "muon")
@@ -24,10 +33,9 @@ SELECT = ("best", "last")
 DIGESTS = ("pixels", "weights")  # not known of runs made before 2026-12
 DATA = {"model", "dataset", "val"}  # settings that are no fields and do not go to the network
 SECTIONS = dict(name=str, base=dict, seeds=list, configurations=dict)  # of a study file
-# what it may hold besides: settings to be merged, and what its report says
-MORE = dict(shared=dict, title=str, text=str, comparisons=list, notes=str)
-# of a configuration, besides settings: what it is for, its cost, seeds whose weights are recorded
-ABOUT = dict(why=text, pmacs=number(0), weights=several(whole(0)))
+# what it may hold besides: settings to be merged, and what a report says (`Lab2/experiment.py`)
+MORE = {"shared", "title", "text", "comparisons", "notes"}
+ABOUT = {"why", "pmacs", "weights"}  # of a configuration, besides settings
 
 # A type and the rule that its values keep.
 Count = Annotated[int, whole(1)]
@@ -62,7 +70,7 @@ class TrainConfig:
     # with "steps": shares of the run after which lr falls tenfold
     milestones: Annotated[tuple[float, ...], several(number(0, 1))] = (0.5, 0.75)
     label_smoothing: Share = 0.0  # share of the target spread over all classes
-    augment: tuple[str, ...] = ("flip", "crop:4")  # see common.augment.AUGMENT
+    augment: Annotated[tuple[str, ...], texts] = ("flip", "crop:4")  # see common.augment.AUGMENT
     low_res: Share = 0.0  # share of the epochs, from the first on, trained on shrunken images
     # side lengths of those images in pixels, one after the other for equal shares
     low_sizes: Annotated[tuple[int, ...], several(whole(16, 32))] = (24,)
@@ -80,7 +88,7 @@ class TrainConfig:
     penalty: Annotated[str, one_of(PENALTIES)] = "subgradient"
     # parameter whose gradient norm is recorded, before clipping, as the mean over an epoch
     watch: Annotated[str | None, optional(text)] = None
-    seed: Annotated[int, whole(0)] = 0  # order of images, augmentation, dropout
+    seed: Annotated[int, whole(0, 2**31)] = 0  # order of images, augmentation, dropout
     init: Annotated[str, text] = "random"  # where the first weights come from
 
     def __post_init__(self):
@@ -117,14 +125,20 @@ def identity(model: nn.Module, split: Split, config: TrainConfig) -> dict:
 
 def differences(kept: dict, identity: dict):
     """Yield (setting, value of the run that is kept, value asked for) where these are not equal."""
-    complete = dict(config=lambda had: as_json(TrainConfig()) | had, spec=full_spec)
-    for part, wanted in identity.items():
-        fill = complete.get(part, dict)  # older ones lack fields
+    for part, wanted in identity.items():  # older ones lack fields
+        fill = dict(config=full_config, spec=full_spec).get(part, dict)
         had, wanted = fill(kept.get(part, {})), fill(wanted)
         for key in {**had, **wanted}:
             old, new = had.get(key), wanted.get(key)
             if old != new and (key not in DIGESTS or old is not None):
                 yield key, old, new
+
+
+def full_config(config: dict) -> dict:
+    """A saved config with all fields, and the numbers that augmentations stand for."""
+    config = as_json(TrainConfig()) | config
+    steps = parse_augment(config["augment"])
+    return config | dict(augment=[(f.__name__ if f else "altflip", *rest) for f, rest in steps])
 
 
 def full_spec(spec: dict) -> dict:
@@ -133,33 +147,12 @@ def full_spec(spec: dict) -> dict:
 
 
 def parse_init(init: str) -> tuple:
-    """The run that training starts from, and the ratio it is cut at; None for the gap.
-
-    "lab2-sparse-0, gap" or "lab2-sparse-0, ratio 0.5"; raises WorkbookError for another text.
-    """
+    """("lab2-sparse-0", 0.5) of "lab2-sparse-0, ratio 0.5"; None for "lab2-sparse-0, gap"."""
     found = re.fullmatch(r"([\w.-]+), (?:gap|ratio (0?\.\d+))", str(init))
     if not found:
         legal = '"RUN, gap" or "RUN, ratio 0.5"'
         raise WorkbookError(f"init={init!r} is not legal; give random, {legal}")
     return found[1], float(found[2]) if found[2] else None
-
-
-def native_precision(precision: str, model: nn.Module) -> str:
-    """Resolve "auto": bf16 where the machine computes it, fp16 on older GPUs, else "no".
-
-    Raises WorkbookError if fp16 is asked for without a GPU.
-    """
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise WorkbookError("precision='fp16' needs a GPU; choose 'auto', 'no' or 'bf16'")
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    # On a CPU, bf16 takes 0.6 × the time of dense convolutions, but 1.7 × that of depthwise ones.
-    if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()):
-        return "no"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
 
 
 def config_and_network(settings: dict) -> tuple:
@@ -187,7 +180,10 @@ def check_settings(settings: dict) -> tuple:
     config, network = config_and_network(settings)
     model = models.build(**network)
     if config.watch:
-        choose("parameter", config.watch, dict(model.named_parameters()))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        choose("parameter", config.watch, trained)
+    if config.lam:
+        trained_gammas(model)
     return config, arguments | network, spec, val
 
 
@@ -195,7 +191,7 @@ def check_settings(settings: dict) -> tuple:
 class Study:
     """A study file, checked: `runs` maps `configuration/seed` to the settings of a run.
 
-    `about`: by configuration what ABOUT lists; `more`: the sections of MORE that the file has.
+    `about`: what a configuration has of ABOUT; `more`: what the file has of MORE.
     """
 
     name: str
@@ -207,9 +203,9 @@ class Study:
 def read_study(path) -> Study:
     """Read a study file (YAML): name, `base` settings, `seeds`, what `configurations` change.
 
-    Settings are the fields of `TrainConfig`, `model`, `dataset`, `val`, and the arguments of the
-    network; a configuration may have `seeds` of its own. In `init`, {seed} stands for the seed.
-    Raises WorkbookError for any mistake, before anything runs: every network is built once.
+    Settings: fields of `TrainConfig`, `model`, `dataset`, `val`, arguments of the network; a
+    configuration may have own `seeds`. In `init`, {seed} stands for the seed. Raises WorkbookError
+    for any mistake, before anything runs: every network is built once.
     """
     found = read_sections(path)
     legal_name(f"study file {path}: name", found["name"])
@@ -221,8 +217,6 @@ def read_study(path) -> Study:
                 raise WorkbookError(f"{changes!r} is not legal; give settings, as in lr: 0.1")
             settings = found["base"] | (changes or {})
             about[name] = {key: settings.pop(key) for key in ABOUT if key in settings}
-            for key, value in about[name].items():
-                ABOUT[key](key, value)
             seeds = settings.pop("seeds", found["seeds"])
             several(whole(0))("seeds", seeds)
             if "seed" in settings:
@@ -248,13 +242,8 @@ def with_seed(settings: dict, seed: int) -> dict:
 def read_sections(path) -> dict:
     """What a study file holds; raises WorkbookError for a section that is missing or unknown."""
     found = content if isinstance(content := read_yaml(path), dict) else {}
-    kinds = SECTIONS | {key: kind for key, kind in MORE.items() if key in found}
-    for key in {**found, **kinds}:
-        if key not in kinds or not isinstance(found.get(key), kinds[key]) or not found[key]:
+    for key in {**found, **SECTIONS}.keys() - MORE:
+        if key not in SECTIONS or not isinstance(found.get(key), SECTIONS[key]) or not found[key]:
             legal = ", ".join(f"{name} ({kind.__name__})" for name, kind in SECTIONS.items())
             raise WorkbookError(f"study file {path}: look at {key!r}; it must hold exactly {legal}")
-    for each in found.get("comparisons", ()):
-        mapping(("question", "a", "b"))(f"study file {path}: comparison", each)
-        for side in "ab":
-            choose("configuration to compare", each.get(side), found["configurations"])
     return found

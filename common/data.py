@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common import WorkbookError, choose, folder_from
 from common.augment import mirror, normalise, parse_augment, take
+from common.params import whole
 from common.sources import KEYS, SPECS, Spec, cached, read_sample
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -51,6 +52,10 @@ def sha256(*tensors) -> str:
     return sha.hexdigest()[:16]
 
 
+def text_digest(text: str) -> str:
+    return sha256(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+
+
 def pixels(*parts: Images) -> str:
     """Digest of images, as they lie in memory: channels last."""
     return sha256(*(part.x.permute(0, 2, 3, 1) for part in parts))
@@ -75,12 +80,14 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     test = Images(xt.permute(0, 3, 1, 2), yt.long())
     numbered = [f"class {i}" for i in range(spec.classes)]
     names = arrays.get("classes", NAMES if spec.classes == 10 else numbered)
-    return Split(train[~held], train[held], test, spec, tuple(map(str, names)))
+    names = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return Split(train[~held], train[held], test, spec, tuple(names))
 
 
 def check_val(val: int | None, spec: Spec) -> int:
     """The number of validation images, by default the data set's; WorkbookError if not legal."""
-    val, n = spec.default_val if val is None else val, spec.counts[0] * spec.classes
+    whole(1)("val", val := spec.default_val if val is None else val)
+    n = spec.counts[0] * spec.classes
     if spec.name == "cifar10-sample" and val != spec.default_val:
         raise WorkbookError(f"val={val!r} is not legal; the sample has {spec.default_val}")
     if val % spec.classes or not 0 < val < n:
@@ -114,6 +121,8 @@ class Loader:
     """
 
     def __init__(self, images, spec, batch_size, augment=(), shuffle=True, seed=0, share=(0, 1)):
+        # Channels last already, unless somebody made them: else each batch would copy them all.
+        images = Images(images.x.contiguous(memory_format=torch.channels_last), images.y)
         self.images, self.spec, self.batch_size, self.shuffle = images, spec, batch_size, shuffle
         self.augment, self.seed, self.epoch = parse_augment(augment), seed, 0
         self.rank, self.world = share

@@ -22,12 +22,13 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import ROOT
+from common import ROOT, WorkbookError, runs
 from common.models.files import deployable, torch_bytes
 from common.models.groups import Whiten
 from common.optim import image_sizes
 
 IMAGE = (3, 32, 32)
+CORES = torch.get_num_threads()  # what torch takes where nothing is set
 
 
 def params(model: nn.Module) -> int:
@@ -122,7 +123,11 @@ def profile(model: nn.Module, repeats: int = 50) -> dict:
 def machine(device="cpu") -> dict:
     """Names of processor and GPU, vector instructions, cores, processes, threads, torch version."""
     info, kind = Path("/proc/cpuinfo"), torch.device(device).type
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    named = (
+        re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8"))
+        if info.exists()
+        else None
+    )
     return dict(
         cpu=named[1] if named else platform.processor() or platform.machine(),
         instructions=torch.backends.cpu.get_cpu_capability(),
@@ -145,6 +150,27 @@ def idle_cores(seconds: float = 0.5) -> float:
     own.cpu_percent()
     idle = psutil.cpu_count() * (1 - psutil.cpu_percent(interval=seconds) / 100)
     return idle + own.cpu_percent() / 100
+
+
+@contextlib.contextmanager
+def idle_threads(folder: Path):
+    """As many threads as the run had, or as cores are idle; another number that was set wins."""
+    # With one for every core, each step waits for the thread that stands beside a busy process.
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != CORES:
+        yield
+        return
+    idle = idle_cores()
+    threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
+    if (folder / "checkpoint.pt").exists():
+        with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
+            began = runs.load_manifest(folder)["machine"]["threads"]
+            threads, why = min(CORES, began), "as this run began"
+    print(f"threads: {threads}, {why} (OMP_NUM_THREADS sets another number)")
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(CORES)
 
 
 def keep_freed_memory() -> None:

@@ -1,10 +1,12 @@
-"""How do weights move? Optimizers and their parameter groups, the schedule, sizes of the images."""
+"""How do weights move? Optimizers, the schedule, sizes of the images, precision."""
 
 import math
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
+from common import WorkbookError
 from common.config import TrainConfig
 from common.models.groups import Whiten
 
@@ -39,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         update = grad.add(buffer, alpha=group["momentum"])
         if group["orthogonal"]:
             update = orthogonalise(update.flatten(1)).view_as(p)
-            p.mul_(len(p) ** 0.5 / p.norm())
+            p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-7))  # all zeros stay zeros
         p.add_(update, alpha=-group["lr"])
 
 
@@ -114,3 +116,23 @@ def image_sizes(epochs: int, low_res: float = 0.0, low_sizes=(24,)) -> list[int]
     low = low_res * epochs
     small = [low_sizes[int(e / low * len(low_sizes))] for e in range(epochs) if e < low]
     return small + [32] * (epochs - len(small))
+
+
+def native_precision(precision: str, model: nn.Module) -> str:
+    """Resolve "auto": bf16 where the device computes it, fp16 on older GPUs, else "no".
+
+    Raises WorkbookError if fp16 is asked for without a GPU.
+    """
+    gpu = PartialState().device.type == "cuda"  # not if ACCELERATE_USE_CPU=1
+    if precision == "fp16" and not gpu:
+        raise WorkbookError("precision='fp16' needs a GPU; choose 'auto', 'no' or 'bf16'")
+    if precision != "auto":
+        return precision
+    if gpu:
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    # On a CPU, bf16 takes 0.6 × the time of dense convolutions, but 1.7 × that of depthwise ones.
+    if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()):
+        return "no"
+    # Before torch 2.11 nothing tells.
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import numbers
 import re
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def one_of(legal):
     return lambda name, value: choose(name, value, legal)
 
 
-def number(low=-math.inf, high=math.inf, below=math.inf, kind=(int, float), what="a number"):
+def number(low=-math.inf, high=math.inf, below=math.inf, kind=numbers.Real, what="a number"):
     """A rule for low ≤ value ≤ high, value < below; booleans, strings and nan are rejected."""
     limits = {">=": low, "<=": high, "<": below}
     legal = " and ".join(f"{sign} {v}" for sign, v in limits.items() if math.isfinite(v))
@@ -56,12 +57,13 @@ def number(low=-math.inf, high=math.inf, below=math.inf, kind=(int, float), what
 
 
 def whole(low=-math.inf, high=math.inf):
-    return number(low, high, kind=int, what="a whole number")
+    return number(low, high, kind=numbers.Integral, what="a whole number")
 
 
 def text(name, value):
     if not isinstance(value, str):
-        raise WorkbookError(f"{name}={value!r} is not legal; give a text in quotes")
+        advice = f"give a text in quotes, with papermill: -r {name} {value}"
+        raise WorkbookError(f"{name}={value!r} is not legal; {advice}")
 
 
 def switch(name, value):
@@ -71,8 +73,15 @@ def switch(name, value):
 
 def name(name, value):
     """A rule for what becomes a part of a file's or folder's name."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
-        raise WorkbookError(f"{name}={value!r} is not legal; give letters, digits, '.', '-', '_'")
+    if not isinstance(value, str) or not re.fullmatch(r"(?=.{1,150}$)[\w.-]*\w[\w.-]*", value):
+        legal = "letters, digits, '.', '-', '_', 150 at most"
+        raise WorkbookError(f"{name}={value!r} is not legal; give {legal}")
+
+
+def texts(name, values):
+    """A rule for a list of texts, which may be empty."""
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+        raise WorkbookError(f'{name}={values!r} is not legal; give a list, as in ["flip"]')
 
 
 def mapping(legal):
@@ -106,15 +115,31 @@ def several(rule):
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is a mistake; YAML itself would keep the second."""
+    """YAML in which a key given twice is a mistake; YAML itself would keep the second.
+
+    As in YAML 1.2, `no` and `off` are texts, 5e-2 is a number, and 012 is twelve.
+    """
+
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
         own = [key for key, _ in node.value if key.value != "<<"]  # that merges another mapping
-        keys = [self.construct_object(key, deep=True) for key in own]
+        keys = [str(self.construct_object(key, deep=True)) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key!r} is a duplicate; rename or remove one")
         return super().construct_mapping(node, deep)
+
+
+for tag, form, first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?\d+", list("-+0123456789")),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    UniqueKeys.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({form})$"), first)
+UniqueKeys.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_yaml(path):

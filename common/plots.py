@@ -84,7 +84,7 @@ class Live:
 def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1e-6, ax=None):
     """Distribution of |gamma|, an outline a label; values below `low` count into the first bin."""
     ax = _axes(ax)
-    high = max(2 * float(v.abs().max()) for v in values.values())
+    high = max(10 * low, *(2 * float(v.abs().max()) for v in values.values()))
     bins = torch.logspace(math.log10(low), math.log10(high), 60)
     for label, v in values.items():
         counts = torch.histogram(_raised(v, low * 1.001), bins).hist

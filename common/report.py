@@ -4,11 +4,12 @@ import io
 import json
 from pathlib import Path
 
-from common import ROOT, WorkbookError, params, runs, write_file
+from common import WorkbookError, folder_from, params, runs, write_file
 from common.config import FIELDS
-from common.data import pixels, sha256
+from common.data import pixels, sha256, text_digest
 from common.evaluate import evaluate, mean_std, means, predict, totals
 from common.models import digest, files
+from common.params import name as legal_name
 from common.sources import SPECS
 
 COLUMNS = {  # heading, format
@@ -61,8 +62,8 @@ def table(rows: list) -> str:
 def tested(run, split, tta: int = 0) -> dict:
     """Test loss, accuracy and top5 of a finished run: measured once, kept in its manifest."""
     key, images = TESTS[tta], pixels(split.test)
-    answered = tta or runs.file_of(run.folder, "answers.bin").exists()
-    if key not in run.manifest or not answered:
+    kept = tta or "recorded" in run.manifest or (run.folder / "answers.bin").exists()
+    if key not in run.manifest or not kept:
         logits = predict(run.model, split.test, split.spec, tta=tta)
         found = means(totals(logits, split.test.y)) | dict(pixels=images)
         if not tta:
@@ -84,19 +85,20 @@ def record(name: str, split, weights: bool = False) -> dict:
     if runs.is_recorded(name) and not same_run(run.manifest, runs.read_manifest(old)):
         raise WorkbookError(f"{old} records another training; delete it, or rename this one")
     tested(run, split)
-    answers = runs.file_of(name, "answers.bin").read_bytes()
-    noted = dict(answers=sha256(runs.load_answers(name)))
+    history, answers = runs.csv_text(run.history), runs.load_answers(name)
+    noted = run.manifest.get("recorded", {})
+    noted |= dict(answers=sha256(answers), history=text_digest(history))
     if weights:
         kept = files.deployable(run.model, run=name, **run.manifest["best"])
         if not moved(run.model, files.rounded(run.model), split):
             kept["state_dict"] = files.halved(run.model)
         write_file(runs.recorded(name, "best.pt"), files.torch_bytes(kept))
         noted["weights"] = digest(files.load_model(runs.recorded(name, "best.pt")))
-    manifest = runs.save_result(run.folder, recorded=noted)
-    write_file(runs.recorded(name, "answers.bin"), answers)
-    write_file(runs.recorded(name, "history.csv"), runs.csv_text(run.history))
+    write_file(runs.recorded(name, "answers.bin"), answers.numpy().tobytes())
+    write_file(runs.recorded(name, "history.csv"), history)
+    manifest = run.manifest | dict(recorded=noted)
     write_file(old, json.dumps(manifest, indent=1) + "\n")
-    return manifest
+    return runs.save_result(run.folder, recorded=noted)
 
 
 def moved(model, rounded, split) -> bool:
@@ -111,7 +113,11 @@ def moved(model, rounded, split) -> bool:
 def report_folder(scale: str) -> Path:
     """`reports/` for the settings of a real scale, given by papermill; else `runs/reports/`."""
     standard = scale != "quick" and params.standard
-    return ROOT / "reports" if standard else runs.folder("reports")
+    return recorded_folder() if standard else runs.folder("reports")
+
+
+def recorded_folder() -> Path:
+    return folder_from("REPORTS_DIR", "reports")
 
 
 def provenance(manifest: dict) -> str:
@@ -160,14 +166,18 @@ def write_report(name, scale, title, parts: list, figures: dict, used: list) -> 
         shown = f"![{key.replace('_', ' ')}](figures/{path.name})"
         body = body.replace(f"![]({key})", shown)
     for manifest in used:
+        legal_name("run", manifest["name"])  # a manifest of another's could lead elsewhere
         copy = folder / "runs" / manifest["name"]
-        published = Path(f"{copy}.json")
-        if published.exists() and not same_run(manifest, json.loads(published.read_text())):
+        same = same_file(manifest, Path(f"{copy}.json"))
+        if not same and runs.is_recorded(manifest["name"]) and folder == recorded_folder():
+            advice = "rename this one, or delete the recorded one"
+            raise WorkbookError(f"{manifest['name']} was recorded from another training; {advice}")
+        if not same:
             Path(f"{copy}.csv").unlink(missing_ok=True)
         write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
         kept = runs.folder(manifest["name"])
-        if (kept / "run.json").exists() and same_run(manifest, runs.load_manifest(kept)):
-            write_file(f"{copy}.csv", (kept / "history.csv").read_text())
+        if (kept / "history.csv").exists() and same_file(manifest, kept / "run.json"):
+            write_file(f"{copy}.csv", (kept / "history.csv").read_bytes())
     head = [f"# {title}", f"Scale: `{scale}`.", *([QUICK] if scale == "quick" else [])]
     foot = ["## Where the numbers come from", "\n".join(map(provenance, used)), FOOT]
     path = write_file(folder / f"{name}.md", "\n\n".join([*head, body, *foot]))
@@ -179,19 +189,34 @@ def same_run(manifest: dict, other: dict) -> bool:
     return all(manifest[key] == other[key] for key in ("config", "data", "epochs", "seconds"))
 
 
+def same_file(manifest: dict, path: Path) -> bool:
+    """The same, for the manifest of a file; not if it is missing or damaged."""
+    try:
+        return same_run(manifest, runs.read_manifest(path))
+    except WorkbookError:
+        return False
+
+
 def write_index(folder: Path) -> None:
     """Write `folder/README.md`: the reports, published figures beside ours, one row a run.
 
     `folder/published.json` lists what was published, its figure, our runs to compare, and what
     differs in method.
     """
-    paths = sorted((folder / "runs").glob("*.json"))
-    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    found = {}
+    for path in sorted((folder / "runs").glob("[!.]*.json")):
+        try:
+            found[path.stem] = runs.read_manifest(path)
+        except WorkbookError as error:
+            print(f"left out: {error}")
     reports = [path for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
     text = "# Reports\n\n" + "\n".join(f"- [{path.stem}]({path.name})" for path in reports)
     published = folder / "published.json"
     if published.exists():
-        rows = [published_row(entry, found) for entry in json.loads(published.read_text())]
+        rows = [
+            published_row(entry, found)
+            for entry in json.loads(published.read_text(encoding="utf-8"))
+        ]
         text += f"\n\n## Beside published figures\n\nTest accuracies.\n\n{table(rows)}"
     rows = table([run_row(name, manifest) for name, manifest in found.items()])
     write_file(folder / "README.md", f"{text}\n\n## All runs\n\n{ABOUT_RUNS}\n\n{rows}\n")

@@ -9,18 +9,18 @@ import copy
 import csv
 import io
 import json
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common import WorkbookError, folder_from, locked, write_file
+from common import WorkbookError, folder_from, locked, owner_of, write_file
 from common.config import DIGESTS, differences
-from common.data import sha256
+from common.data import sha256, text_digest
 from common.models import digest, files
 from common.models.files import load_checkpoint, torch_bytes
+from common.params import name as legal_name
 
 RECORDED = {  # where the files of a recorded run are, below `reports/`
     "run.json": "runs/{}.json",
@@ -51,7 +51,12 @@ class Run:
 
 
 def folder(name: str = "") -> Path:
-    """Where a run is kept: `$RUNS_DIR/<name>`, by default in `runs/` of the repository."""
+    """Where a run is kept: `$RUNS_DIR/<name>`, by default in `runs/` of the repository.
+
+    Raises WorkbookError for a name that would be a path.
+    """
+    if name:
+        legal_name("run", name)
     return folder_from("RUNS_DIR", "runs") / name
 
 
@@ -88,6 +93,8 @@ def find_or_refuse(folder: Path, identity: dict) -> dict:
     if not (folder / "checkpoint.pt").exists():
         return state | identity
     state = dict(start={}) | load_checkpoint(folder / "checkpoint.pt")
+    if "history" not in state:
+        raise WorkbookError(f"{folder}/checkpoint.pt holds weights alone; delete it to begin anew")
     before = dict(machines=[], epochs=len(state["history"]), seconds=state["seconds"])
     before |= {key: state.get(key, "?") for key in ("commit", "precision")}
     state.setdefault("parts", [before])  # older ones lack it, and digests
@@ -135,12 +142,13 @@ def load_run(run) -> Run:
         raise WorkbookError(f"{manifest['name']} is not finished; train it first")
     path = file_of(run, "history.csv")
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         whole = {"epoch": int, "images": int}
-        history = [{k: whole.get(k, float)(v) for k, v in row.items()} for row in rows]
+        history = [{k: whole.get(k, float)(v) for k, v in row.items() if v} for row in rows]
     except (OSError, ValueError, TypeError):
         history = []
-    if len(history) != manifest["epochs"]:
+    same = manifest.get("recorded", {}).get("history") in (None, text_digest(csv_text(history)))
+    if len(history) != manifest["epochs"] or not same:
         raise WorkbookError(f"{path} is damaged or missing; {RESTORE}")
     place = place_of(run)
     weights = path.parent == place or "weights" in manifest["recorded"]
@@ -156,19 +164,6 @@ def load_answers(run) -> torch.Tensor:
     if sha256(answers) != noted.get("answers", sha256(answers)):
         raise WorkbookError(f"{path} is damaged, or of another network; {RESTORE}")
     return answers
-
-
-def claim(folder: Path) -> str:
-    """Become the one process that may write a run; an earlier one stops when it saves next."""
-    owner = uuid.uuid4().hex
-    write_file(folder / "owner", owner)
-    with locked(folder):  # a save that has begun ends first
-        return owner
-
-
-def owner_of(folder: Path) -> str | None:
-    mark = folder / "owner"
-    return mark.read_text() if mark.exists() else None
 
 
 def save_run(folder: Path, state: dict, owner: str) -> None:
@@ -199,31 +194,40 @@ def save_run(folder: Path, state: dict, owner: str) -> None:
 def load_manifest(run) -> dict:
     """The manifest of a run, given by name, folder, checkpoint or weights file."""
     path = Path(run).expanduser()
-    beside = [path.with_suffix(".json"), path.parent / "run.json"]
-    for place in beside if path.is_file() else [file_of(run, "run.json"), *beside]:
+    beside = [path.with_suffix(".json")] * (path.suffix == ".pt") + [path.parent / "run.json"]
+    for place in beside if path.is_file() else [file_of(run, "run.json")]:
         if place.is_file():
             return read_manifest(place)
     raise WorkbookError(f"no manifest beside {path}; restore its run.json, or train again")
 
 
 def read_manifest(path: Path) -> dict:
+    """A manifest under the name that its folder or file has now."""
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise WorkbookError(f"{path} is damaged; restore it, or train again") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"config", "spec", "data", "best", "machine", "seconds"} - {*manifest}
+        if path.name != "run.json" and "recorded" in manifest and manifest["name"] != path.stem:
+            missing = [f"name {path.stem}"]
+    except (ValueError, TypeError, OSError):
+        missing = ["all of it"]
+    if missing:
+        problem = f"is damaged, or no manifest (no {', '.join(sorted(missing))})"
+        raise WorkbookError(f"{path} {problem}; {RESTORE}")
+    return manifest | dict(name=path.parent.name if path.name == "run.json" else path.stem)
 
 
 def save_result(folder, **results) -> dict:
     """Add results to a run's manifest, as in `test={"accuracy": 0.91}`; returns the manifest."""
     manifest = load_manifest(folder) | results
-    write_file(Path(folder) / "run.json", json.dumps(manifest, indent=1))
+    if (Path(folder) / "run.json").exists():  # not if the run is read from its record
+        write_file(Path(folder) / "run.json", json.dumps(manifest, indent=1))
     return manifest
 
 
 def csv_text(history: list) -> str:
-    """History rows as CSV with a header line."""
+    """History rows as CSV with a header line; older rows may lack columns."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, history[0])
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in history for key in row))
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
@@ -240,7 +244,9 @@ def load_model(run, expect: str | None = None) -> nn.Module:
         return files.load_model(path, expect)
     path = file_of(run, "best.pt")
     if path != recorded(path.stem, "best.pt"):
-        return files.load_model(path, expect)
+        saved = path.with_name("checkpoint.pt")  # holds the best weights, too
+        lost = not path.exists() and saved.exists() and load_manifest(run)["finished"]
+        return files.load_model(saved if lost else path, expect)
     noted = load_manifest(run)["recorded"].get("weights")
     if noted is None:
         raise WorkbookError(f"the weights of {path.stem} were not recorded; {RETRAIN}")

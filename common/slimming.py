@@ -123,16 +123,17 @@ def make_masks(scores: dict, ratio: float, scope="global", min_channels=1, round
 def gap(scores: dict) -> float:
     """The ratio at which sorted scores fall into two heaps, those that L1 drove to 0 and the rest.
 
-    It is the largest step within that tenfold range of scores that holds the fewest channels.
-    Raises WorkbookError where even that range holds over 5 % of them, or over half as many as one
-    on either side: scores of a plain network, or of a short training, are not parted.
+    It is the largest step within that tenfold range of scores that holds the fewest channels (of
+    several empty ones, that with the longest step).
+    Raises WorkbookError where even that holds over 5 % of them, or half as many as one beside it.
     """
     logs = torch.cat(list(scores.values())).clamp(min=1e-12).log10().sort().values
     n, least = len(logs), max(1, round(0.05 * len(logs)))
     starts = torch.arange(least, n - least + 1)  # so many channels lie below the range
     ends = torch.searchsorted(logs, logs[starts - 1] + 1)
     inside = torch.where(ends <= n - least, ends - starts, n)
-    held, start = int(inside.min()), int(starts[inside.argmin()])
+    emptiest = (inside - logs.diff()[starts - 1] / 100).argmin()
+    held, start = int(inside[emptiest]), int(starts[emptiest])
     fullest = min(_fullest(logs[:start]), _fullest(logs[start + held :])) if held < n else 0
     if held > min(least, fullest / 2):
         advice = "give a ratio, or train with a longer reach (lam)"

@@ -74,6 +74,8 @@ def check_arrays(arrays: dict, spec: Spec, where) -> None:
     for key in KEYS:
         if key not in arrays:
             refuse(f"lacks {key}")
+    if "classes" in arrays and len(arrays["classes"]) != spec.classes:
+        refuse(f"names {len(arrays['classes'])} classes, not {spec.classes}")
     for part, count in zip(("train", "test"), spec.counts):
         x, y, n = arrays[f"x_{part}"], arrays[f"y_{part}"], count * spec.classes
         for array, shape in ((x, (n, 32, 32, 3)), (y, (n,))):
@@ -137,7 +139,7 @@ def from_npm() -> dict:
 
 def read_sample() -> dict:
     """The embedded sample: lossless WebP sheets of tiles, and labels (see sample/README.md)."""
-    labels = json.loads((SAMPLE / "labels.json").read_text())
+    labels = json.loads((SAMPLE / "labels.json").read_text(encoding="utf-8"))
     arrays = {}
     for part in ("train", "test"):
         sheet = np.asarray(Image.open(SAMPLE / f"{part}.webp").convert("RGB"))

@@ -8,29 +8,25 @@ import collections
 import contextlib
 import functools
 import os
-import re
 import socket
 import subprocess
 import sys
+import threading
 import time
-import warnings
 from datetime import datetime
 from pathlib import Path
 
 import optuna
-import sqlalchemy
 import torch
 import tyro
-from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from common import ROOT, WorkbookError, cli, data, params, runs, train
+from common import ROOT, WorkbookError, cli, data, measure, params, runs
 from common.cli import StudyCommand, folder_of
 from common.config import Study, read_study
+from common.storage import MISSED, RETRIES, open_storage, without_secrets
 
-MISSED = 4  # heartbeats, after which a worker is taken for dead
-RETRIES = 10  # times that a run whose worker died is queued again by itself
 OPEN = {TrialState.WAITING, TrialState.RUNNING}
 TAKEN = OPEN | {TrialState.COMPLETE}
 FINISHED = (ValueError, optuna.exceptions.UpdateFinishedTrialError)  # raised if told once more
@@ -44,14 +40,19 @@ def open_study(study: Study, storage=None, heartbeat=30, enqueue=True) -> optuna
     "journal:PATH"; by default sqlite in runs/. Raises WorkbookError if it cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = storage or f"sqlite:///{runs.folder(study.name)}.db"
+    url = storage or os.environ.get("STUDY_STORAGE") or f"sqlite:///{runs.folder(study.name)}.db"
     options = dict(study_name=study.name, direction="maximize", load_if_exists=True)
     try:
-        opened = optuna.create_study(storage=open_storage(url, heartbeat), **options)
+        kept = open_storage(url, heartbeat)
+        opened = optuna.create_study(storage=kept, **options)
     except Exception as error:  # each database and driver has errors of its own
-        shown = re.sub(r"(?<=:)[^/@]+(?=@)", "***", url)  # no password in a message
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WorkbookError(f"storage {shown} cannot be reached ({reason}); check it") from None
+        problem = without_secrets(f"storage {url} cannot be reached ({reason})", url)
+        raise WorkbookError(f"{problem}; check it") from None
+    # Of a study that was opened before, workers beat as the first of them did.
+    heartbeat = opened.user_attrs.get("heartbeat", heartbeat)
+    opened.set_user_attr("heartbeat", heartbeat)
+    kept.heartbeat_interval, kept.grace_period = heartbeat, MISSED * heartbeat
     trials = trials_with_runs(opened)
     if trials and not {key for key, _ in trials} & set(study.runs):
         raise WorkbookError(f"the storage holds another study {study.name!r}; use another name")
@@ -61,31 +62,6 @@ def open_study(study: Study, storage=None, heartbeat=30, enqueue=True) -> optuna
         if key not in known:  # two machines may get here at once: see `objective`
             queue(opened, key, study.runs[key])
     return opened
-
-
-def open_storage(url: str, heartbeat: int):
-    """A journal file, or a database, which queues again the runs of workers that died."""
-    kind = next((kind for kind in ("sqlite:///", "journal:") if url.startswith(kind)), "")
-    if kind:  # a file; its path begins at the repository
-        path = ROOT / Path(url.removeprefix(kind)).expanduser()
-        if set("%?#") & set(str(path)):
-            raise ValueError("a path of a storage must not hold %, ? or #")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url = f"{kind}{path}"
-    if kind == "journal:":
-        return JournalStorage(JournalFileBackend(str(path)))
-    sqlite = url.startswith("sqlite")
-    arguments = dict(timeout=60, isolation_level=None) if sqlite else dict(connect_timeout=20)
-    options = dict(pool_pre_ping=True, connect_args=arguments)
-    beat = dict(heartbeat_interval=heartbeat, grace_period=MISSED * heartbeat)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    beat["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback(RETRIES)
-    storage = RDBStorage(url, options, **beat)
-    if sqlite:
-        # It locks at the first write: two workers could read "waiting" and take the same trial.
-        begin = lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
-        sqlalchemy.event.listen(storage.engine, "begin", begin)
-    return storage
 
 
 def trials_with_runs(opened: optuna.Study, study: Study | None = None) -> list:
@@ -110,19 +86,26 @@ def requeue(opened: optuna.Study, study=None, failed=True, dead=lambda trial: Fa
         elif failed and trial.state == TrialState.FAIL:
             lost[key] = trial
     there = {key for key, t in trials if t.state in TAKEN and lost.get(key) is not t}
-    again = {key: t for key, t in lost.items() if key not in there}
+    tries = collections.Counter(key for key, t in trials if t.state == TrialState.FAIL)
+    spent = lambda key: not failed and tries[key] >= RETRIES  # what kills its worker is given up
+    again = {key: t for key, t in lost.items() if key not in there and not spent(key)}
     for key, trial in again.items():
         queue(opened, key, trial.user_attrs["settings"])
     return list(again)
 
 
-def objective(trial: optuna.Trial) -> float:
-    """Train one run, or go on with it: best validation accuracy; keeps history and manifest."""
+def objective(trial: optuna.Trial, study: Study | None = None) -> float:
+    """Train one run, or go on with it: best validation accuracy; keeps history and manifest.
+
+    What `study` has no longer, or with other settings, is not trained.
+    """
     opened, kept = trial.study, trial.user_attrs
     same = lambda other: all(kept.get(name) == other[name] for name in ("key", "settings"))
     others = [t for _, t in trials_with_runs(opened) if t.state in TAKEN and same(t.user_attrs)]
     if "key" not in kept or any(t.number < trial.number for t in others):
         raise optuna.TrialPruned("nothing left to run, or two machines queued this run")
+    if study and study.runs.get(kept["key"]) != kept["settings"]:
+        raise optuna.TrialPruned("the study file has no such run now")
     trial.set_user_attr("worker", (socket.gethostname(), os.getpid(), trial.number))
     tell = lambda row: trial.report(row["val_accuracy"], row["epoch"])
     try:
@@ -142,8 +125,9 @@ def objective(trial: optuna.Trial) -> float:
     return run.manifest["best"]["val_accuracy"]
 
 
-def work(opened: optuna.Study, heartbeat: int = 30) -> None:
+def work(opened: optuna.Study, study: Study | None = None) -> None:
     """Run waiting trials until none waits; then stay while others run, in case one dies."""
+    heartbeat = opened.user_attrs["heartbeat"]
 
     def unborn(trial):  # its worker died before its first heartbeat
         silent = (datetime.now() - trial.datetime_start).total_seconds() > MISSED * heartbeat
@@ -154,7 +138,8 @@ def work(opened: optuna.Study, heartbeat: int = 30) -> None:
     while states := OPEN & {trial.state for _, trial in trials_with_runs(opened)}:
         if TrialState.WAITING in states:
             try:
-                opened.optimize(objective, n_trials=1, catch=(Exception,))
+                train_one = functools.partial(objective, study=study)
+                opened.optimize(train_one, n_trials=1, catch=(Exception,))
             except FINISHED as error:  # silent for too long: the run was given to another worker
                 if isinstance(error, ValueError) and "Cannot tell" not in str(error):
                     raise
@@ -188,8 +173,6 @@ def run(command: StudyCommand) -> None:
     study, workers = read_study(command.file), command.workers
     for settings in study.runs.values() if workers else ():
         load(settings["dataset"], settings.get("val"))  # downloads once, before workers would
-    if command.in_order:
-        return cli.in_order(study, load, only_report=not workers)
     opened = open_study(study, command.storage, command.heartbeat)
     if command.requeue or command.requeue_all:
         again = requeue(opened, study, dead=lambda trial: command.requeue_all)
@@ -198,25 +181,32 @@ def run(command: StudyCommand) -> None:
         if command.threads:
             torch.set_num_threads(command.threads)
             os.environ["OMP_NUM_THREADS"] = str(command.threads)  # a choice, which `fit` keeps
-        work(opened, command.heartbeat)
+        work(opened, study)
     elif workers:
         start_workers(command)
     found = results(opened, study)
     counts = sorted(collections.Counter(done["state"] for done in found.values()).items())
     print(f"{study.name}: " + ", ".join(f"{count} {state}" for state, count in counts))
-    for key, done in found.items():
-        if done["state"] == "fail":
-            print(f"  {key} failed: {done['error']} (--requeue runs it again)")
+    failed = [key for key, done in found.items() if done["state"] == "fail"]
+    for key in failed:
+        print(f"  {key}: {found[key]['error']}")
+    if failed:
+        raise WorkbookError(f"{', '.join(failed)} failed, see above; --requeue runs them again")
 
 
 def start_workers(command: StudyCommand) -> None:
     """Processes of this machine that work on a study whose runs are queued; waits for them."""
     words = str(Path(command.file).resolve()), command.storage, command.heartbeat
-    threads = command.threads or max(1, train.CORES // command.workers)
+    threads = command.threads or max(1, measure.CORES // command.workers)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=paths)
     call = [sys.executable, "-c", f"from common import sweep; sweep.worker_main{words!r}"]
-    started = [subprocess.Popen(call, env=os.environ | settings) for _ in range(command.workers)]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    started = []
+    for i in range(command.workers):
+        own = {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}
+        started.append(subprocess.Popen(call, env=os.environ | settings | own))
     try:
         died = [process.wait() for process in started]
     finally:
@@ -227,8 +217,16 @@ def start_workers(command: StudyCommand) -> None:
 
 
 def worker_main(file: str, storage, heartbeat: int) -> None:
-    """What one of several worker processes does."""
-    work(open_study(read_study(file), storage, heartbeat, enqueue=False), heartbeat)
+    """What one of several worker processes does; it ends with the process that started it."""
+    parent, study = os.getppid(), read_study(file)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    work(open_study(study, storage, heartbeat, enqueue=False), study)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, parse_fl
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import WorkbookError, choose, measure, runs, slimming
-from common.config import TrainConfig, identity, native_precision
+from common import WorkbookError, choose, claim, measure, owner_of, runs, slimming
+from common.config import TrainConfig, identity
 from common.data import Loader, Split
 from common.evaluate import evaluate
-from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer
-
-CORES = torch.get_num_threads()  # what torch takes where nothing is set
+from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer, native_precision
 
 
 def fit(model, split, config, folder, on_grad=None, on_epoch=None, every=1, retrain=False):
@@ -42,7 +40,7 @@ def fit(model, split, config, folder, on_grad=None, on_epoch=None, every=1, retr
         for row in run.history:
             hook(row)
         return run
-    with idle_threads(folder):
+    with measure.idle_threads(folder):
         learner = Learner(copy.deepcopy(model), split, config, folder)
         state = learner.begin(wanted)
         for row in state["history"]:
@@ -70,8 +68,9 @@ class Learner:
     def __init__(self, model: nn.Module, split: Split, config: TrainConfig, folder: Path):
         self.model, self.config, self.spec, self.folder = model, config, split.spec, folder
         self.gammas = slimming.trained_gammas(model) if config.lam else []
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.watched = named[choose("parameter", config.watch, named)] if config.watch else None
+        refuse_lonely_images(model, len(split.train), config)
         measure.keep_freed_memory()
         AcceleratorState._reset_state()  # so that a second run may choose another precision
         precision = native_precision(config.precision, model)
@@ -90,10 +89,10 @@ class Learner:
 
     def begin(self, identity: dict) -> dict:
         """Claim the run and return its state, from which training goes on."""
-        self.owner = runs.claim(self.folder) if self.accelerator.is_main_process else None
+        self.owner = claim(self.folder) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
         state = runs.find_or_refuse(self.folder, identity)  # as its last owner left it
-        refuse_unshared(self.folder, (len(state["history"]), runs.owner_of(self.folder)))
+        refuse_unshared(self.folder, (len(state["history"]), owner_of(self.folder)))
         machines = measure.distinct(gather_object([measure.machine(self.device)]))
         state["parts"] += [dict(self.notes, machines=machines, epochs=0, seconds=0.0)]
         if state["history"]:
@@ -223,33 +222,27 @@ def refuse_unknown_ways(accelerator: Accelerator) -> None:
         raise WorkbookError(f"{way} is not tried with this workbook; use several GPUs or CPUs")
 
 
+def refuse_lonely_images(model, images: int, config: TrainConfig) -> None:
+    """Raise WorkbookError if a piece of a batch has one image, and BatchNorm cannot do with it."""
+    sizes = config.batch_size, images % config.batch_size or config.batch_size
+    pieces = [len(piece) for size in sizes for piece in torch.zeros(size).chunk(config.accumulate)]
+    small = min(image_sizes(config.epochs, config.low_res, config.low_sizes))
+    try:
+        if min(pieces) == 1:
+            copy.deepcopy(model).train()(torch.zeros(1, 3, small, small))
+    except ValueError:
+        problem = f"leave a piece of one image of {images}, too few for this network"
+        advice = "choose another batch_size, accumulate or low_sizes"
+        settings = f"batch_size={config.batch_size}, accumulate={config.accumulate}"
+        raise WorkbookError(f"{settings} {problem}; {advice}") from None
+
+
 def refuse_divergence(learner: Learner, loss: float) -> None:
     finite = all(p.isfinite().all() for p in learner.model.parameters())
     if not finite or not math.isfinite(loss):  # the last step's loss is not known yet
         what = "weights" if math.isfinite(loss) else "loss"
         problem = f"the {what} became infinite in epoch {learner.loader.epoch}"
         raise WorkbookError(f"{problem}; lower lr={learner.config.lr} or set clip=1.0")
-
-
-@contextlib.contextmanager
-def idle_threads(folder: Path):
-    """As many threads as the run had, or as cores are idle; another number that was set wins."""
-    # With one for every core, each step waits for the thread that stands beside a busy process.
-    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != CORES:
-        yield
-        return
-    idle = measure.idle_cores()
-    threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
-    if (folder / "checkpoint.pt").exists():
-        with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
-            began = runs.load_manifest(folder)["machine"]["threads"]
-            threads, why = min(CORES, began), "as this run began"
-    print(f"threads: {threads}, {why} (OMP_NUM_THREADS sets another number)")
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(CORES)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROWS = (
     ("sweep",),
     ("cli",),
     ("train",),
-    ("report", "measure"),
+    ("report", "measure", "storage"),
     ("optim", "runs"),
     ("config", "evaluate"),
     ("slimming", "data"),
@@ -24,7 +24,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 139_500  # all rooms but models/
+BYTES = 146_000  # all rooms but models/
 
 
 def room_of(path):

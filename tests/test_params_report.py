@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import WorkbookError, evaluate, params, report, runs
+from common import ROOT, WorkbookError, evaluate, params, report, runs
 from common.config import TrainConfig
 
 RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
@@ -86,7 +86,7 @@ def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatc
     assert json.loads((path.parent / "runs" / "run.json").read_text()) == manifest
     assert (path.parent / "runs" / "run.csv").read_text() == "epoch,val_accuracy\n1,0.5\n"
     assert "run" in (path.parent / "README.md").read_text()
-    assert report.report_folder("laptop") == report.ROOT / "reports"
+    assert report.report_folder("laptop") == ROOT / "reports"
 
 
 def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_columns_say_what_they_hold():
 def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     rules = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1))
-    for cell, folder in (("scale = 'laptop'", report.ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path), ("", tmp_path)):
+    for cell, folder in (("scale = 'laptop'", ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path), ("", tmp_path)):
         params.check(dict(scale="laptop", ratio=0.5, In=["", f"# Parameters\n{cell}"]), **rules)
         assert report.report_folder("laptop") == folder / "reports"
     params.check(dict(scale="laptop", ratio=0.7, In=["# Parameters\nscale = 'laptop'\nratio = 0.7"]), ("ratio",), **rules)
@@ -163,9 +163,11 @@ def test_a_note_stands_with_its_run(manifest):
 
 
 def test_results_join_the_manifest(tmp_path, manifest):
-    (tmp_path / "run.json").write_text(json.dumps(manifest))
-    assert runs.save_result(tmp_path, test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
-    assert runs.load_manifest(tmp_path) == manifest | dict(test=dict(accuracy=0.9))
+    report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest))
+    assert runs.save_result(tmp_path / "run", test=dict(accuracy=0.9))["test"]["accuracy"] == 0.9
+    assert runs.load_manifest(tmp_path / "run") == manifest | dict(test=dict(accuracy=0.9))
+    (tmp_path / "run").rename(tmp_path / "copy")
+    assert runs.load_manifest(tmp_path / "copy")["name"] == "copy"
     with pytest.raises(WorkbookError, match="no manifest"):
         runs.load_manifest(tmp_path / "sub" / "model.pt")
 
@@ -185,7 +187,7 @@ def test_mean_and_deviation_say_n():
     assert report.mean_std([0.5]) == "50.00% (n = 1)" and report.mean_std([]) == "not run"
 
 
-def test_test_images_are_measured_once(tmp_path, monkeypatch, sample):
+def test_test_images_are_measured_once(manifest, tmp_path, monkeypatch, sample):
     calls, labels = [], sample.test.y[:10]
 
     def answer(model, images, spec, tta):
@@ -195,7 +197,7 @@ def test_test_images_are_measured_once(tmp_path, monkeypatch, sample):
         return F.one_hot(given, 10).float()
 
     monkeypatch.setattr(report, "predict", answer)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
 
     def loaded():
         manifest = json.loads((tmp_path / "run.json").read_text())

@@ -1,6 +1,7 @@
 """Recorded runs: what is kept of them, who finds them, and what a damaged file leads to."""
 
 import copy
+import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +16,9 @@ from common.evaluate import paired, predict
 from common.models import files
 from common.train import fit
 
+spec = importlib.util.spec_from_file_location("experiment", ROOT / "Lab2" / "experiment.py")
+experiment = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiment)
 CONFIG = TrainConfig(epochs=2, batch_size=50, optimizer="muon", lr=0.1, momentum=0.6, lam=0.01)
 TINY = dict(depth=3, gammas=True, cfg=[8, 8, 8, 8, 8, 8])
 
@@ -167,16 +171,34 @@ def test_a_damaged_record_is_one_line(once, small, file, damage):
     elif damage == "cut off":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
-        fit(network(small, 1), small, config.dataclasses.replace(CONFIG, epochs=1), runs.folder("other"))
+        fit(network(small, 1), small, config.dataclasses.replace(CONFIG, lr=0.05), runs.folder("other"))
         report.record("other", small, weights=True)
         shutil.copy(runs.recorded("other", file), path)
-        if file == "run.json":  # the manifest names what the other files must be
-            with pytest.raises(WorkbookError, match="^[^\n]*once[^\n]*; restore it [^\n]*$"):
-                runs.load_run("once")
-            return
     message = "^[^\n]*once[^\n]*; (restore it|train it|give another)[^\n]*$"
     with pytest.raises(WorkbookError, match=message):
         READ[file]("once")
+
+
+def test_recording_again_keeps_the_weights(once, small):
+    report.record("once", small)
+    assert same_weights(runs.load_model("once"), files.rounded(once.model))
+
+
+def test_no_report_replaces_a_record(once, small, monkeypatch):
+    """Another training of that name may be reported elsewhere, but not over the recorded one."""
+    own = fit(network(small), small, CONFIG, runs.folder("once"), retrain=True)
+    monkeypatch.setattr(report, "report_folder", lambda scale: report.recorded_folder())
+    with pytest.raises(WorkbookError, match="once was recorded from another training; rename this one"):
+        report.write_report("lab", "laptop", "Title", ["text"], {}, [own.manifest])
+    assert runs.is_recorded("once")
+
+
+def test_what_is_measured_of_a_record_makes_no_folder(once, small):
+    run = runs.load_run("once")
+    assert 0 <= report.tested(run, small, tta=1)["accuracy"] <= 1 and "test_tta" not in once.manifest
+    runs.recorded("once", "answers.bin").unlink()
+    report.tested(run, small)
+    assert not runs.folder("once").exists()
 
 
 def test_only_finished_runs_are_recorded(places, small):
@@ -231,14 +253,15 @@ STUDY = dict(
 
 @pytest.fixture
 def study(places, small, monkeypatch):
-    monkeypatch.setattr(sweep, "load", lambda name, val=None: small)
+    for module in (experiment, sweep):
+        monkeypatch.setattr(module, "load", lambda name, val=None: small)
     path = places / "study.yaml"
     path.write_text(yaml.dump(STUDY, sort_keys=False))
     return path
 
 
-def command(path, **more):
-    return cli.StudyCommand(str(path), workers=1, in_order=True, **more)
+def run_all(path, **more):
+    experiment.run_all(config.read_study(path), **more)
 
 
 def trained(monkeypatch):
@@ -255,14 +278,14 @@ def trained(monkeypatch):
 
 def test_an_experiment_trains_what_is_missing_in_order(study, places, monkeypatch):
     names = trained(monkeypatch)
-    sweep.run(command(study))
+    run_all(study)
     assert names == ["order-sparse-0", "order-half-0", "order-plain-0", "order-sparse-1", "order-half-1"]
     start = runs.load_manifest("order-half-1")["config"]["init"]
     assert start == "order-sparse-1, ratio 0.5" and runs.load_manifest("order-half-1")["spec"]["cfg"] != TINY["cfg"]
     shutil.rmtree(runs.folder())
     runs.recorded("order-half-1", "run.json").unlink()
     names.clear()
-    sweep.run(command(study))
+    run_all(study)
     assert names == ["order-half-1"]
 
 
@@ -270,26 +293,91 @@ def test_an_experiment_says_how_far_it_has_come(study, places, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    sweep.run(cli.StudyCommand(str(study), workers=0, in_order=True))
+    run_all(study, only_report=True)
     text = (places / "reports" / "order_experiment.md").read_text()
-    assert "0 of 5 runs are done." in text and len(re.findall(r"\bopen\b", text)) == 8 and text.startswith("# An experiment")
+    assert "0 of 5 runs are done." in text and len(re.findall(r"\bopen\b", text)) == 9 and text.startswith("# An experiment")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cli, "pruned", stop)
-        sweep.run(command(study))
+        run_all(study)
     text = (places / "reports" / "order_experiment.md").read_text()
     assert "1 of 5 runs are done; at their pace the others take " in text and "**sparse**: the dense one" in text
     assert re.search(r"half/0 +\| open +\| 0.002 +\| 0.003 ", text)  # its own, and with that of the run it starts from
-    sweep.run(command(study))
+    run_all(study)
     text = (places / "reports" / "order_experiment.md").read_text()
-    differences = list(enumerate(re.findall(r"([+-]\d+\.\d\d) ± \d+\.\d\d", text)))
+    differences = list(enumerate(re.findall(r"([+-]\d+\.\d\d) ± \d+\.\d\d", text)[:2]))  # and their mean
     accuracy = lambda name: runs.load_manifest(f"order-{name}")["test"]["accuracy"]
     for seed, points in differences:
         assert float(points) == pytest.approx(100 * (accuracy(f"half-{seed}") - accuracy(f"sparse-{seed}")), abs=0.006)
     assert len(differences) == 2
 
 
+def test_records_that_are_gone_are_made_again(study, places):
+    run_all(study)
+    shutil.rmtree(places / "reports")
+    run_all(study)
+    assert "5 of 5 runs are done." in (places / "reports" / "order_experiment.md").read_text()
+    assert same_weights(runs.load_model("order-sparse-1"), runs.load_run(runs.folder("order-sparse-1")).model)
+
+
+def test_one_run_that_fails_stops_no_other(study, places, monkeypatch):
+    def refuse(*_):
+        raise WorkbookError("there is no gap")
+
+    names = trained(monkeypatch)
+    monkeypatch.setattr(cli, "pruned", refuse)
+    with pytest.raises(WorkbookError, match="half/0, half/1 failed, see above"):
+        run_all(study)
+    assert names == ["order-sparse-0", "order-plain-0", "order-sparse-1"]
+
+
+@pytest.mark.parametrize(
+    "right, verdict",
+    (
+        (((60, 20), (60, 20)), "a is better"),
+        (((20, 60), (20, 60)), "b is better"),
+        (((60, 20), (20, 60)), "not told apart"),
+        (((60, 20), (50, 50)), "not told apart"),
+        (((60, 20), None), "a is better, in one seed"),
+        (((50, 50), None), "not told apart, in one seed"),
+        ((None, None), "open"),
+    ),
+)
+def test_verdicts_need_all_seeds_on_one_side(right, verdict, monkeypatch):
+    """By how many of 100 images a and b answer rightly: which differences are told apart?"""
+    labels = torch.ones(100, dtype=torch.long)
+    answers = {f"s-{which}-{seed}": (torch.arange(100) < pair[i]).byte()
+               for seed, pair in enumerate(right) if pair for i, which in enumerate("ab")}  # fmt: skip
+    monkeypatch.setattr(runs, "load_answers", answers.get)
+    keys = [f"{which}/{seed}" for which in "ab" for seed in (0, 1)]
+    told = config.Study("s", {key: dict(seed=int(key[-1]), dataset="cifar10") for key in keys})
+    split = data.Split(None, None, data.Images(labels, labels), None, ())
+    done = {key: {} for key in keys if f"s-{key.replace('/', '-')}" in answers}
+    monkeypatch.setattr(experiment, "load", lambda *_: split)
+    row = experiment.compare(told, done, "?", "a", "b")
+    assert row["verdict"] == verdict
+    if right[0]:
+        share, half = (right[0][0] - right[0][1]) / 100, abs(right[0][0] - right[0][1]) / 100
+        half = 196 * (half - share**2) ** 0.5 / 10
+        assert row["seed 0"] == f"{100 * share:+.2f} ± {half:.2f}"
+
+
+def test_labels_are_those_of_the_runs_that_are_compared(study, places, monkeypatch, small):
+    """Another data set among the configurations lends its labels to nobody."""
+    mixed = copy.deepcopy(STUDY)
+    mixed["configurations"] = dict(first=dict(dataset="cifar100", seeds=[0]), **mixed["configurations"])
+    study.write_text(yaml.dump(mixed, sort_keys=False))
+    asked = []
+    monkeypatch.setattr(experiment, "load", lambda name, val=None: asked.append(name) or small)
+    run_all(study, only_report=True)
+    assert "cifar100" not in asked
+    done = {key: {} for key in ("half/0", "sparse/0")}
+    monkeypatch.setattr(runs, "load_answers", lambda name: small.test.y.byte())
+    experiment.compare(config.read_study(study), done, "?", "half", "sparse")
+    assert asked == ["cifar10-sample"]
+
+
 def test_a_study_takes_recorded_runs_as_done(study, monkeypatch):
-    sweep.run(command(study))
+    run_all(study)
     shutil.rmtree(runs.folder())
     no_training(monkeypatch)
     opened = sweep.open_study(config.read_study(study))
@@ -299,28 +387,12 @@ def test_a_study_takes_recorded_runs_as_done(study, monkeypatch):
     assert found["plain/0"]["history"][0]["epoch"] == 1
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    (
-        (dict(init="order-sparse-0"), "give random"),
-        (dict(init="order-sparse-0, ratio 50 %"), "give random"),
-        (dict(why=3), "give a text"),
-        (dict(pmacs="much"), "give a number"),
-        (dict(weights="yes"), "give a list"),
-    ),
-)
-def test_mistakes_in_an_experiment_are_named(study, changes, message):
+@pytest.mark.parametrize("init", ("order-sparse-0", "order-sparse-0, ratio 50 %", "order-sparse-0,gap", "../x, gap", "a b, gap"))
+def test_mistakes_in_a_start_are_named(study, init):
     wrong = copy.deepcopy(STUDY)
-    wrong["configurations"]["half"] |= changes
+    wrong["configurations"]["half"] |= dict(init=init)
     study.write_text(yaml.dump(wrong, sort_keys=False))
-    with pytest.raises(WorkbookError, match=message):
-        config.read_study(study)
-
-
-@pytest.mark.parametrize("wrong", (dict(a="half", b="whole"), dict(a="half"), dict(a="half", b="plain", c="sparse")))
-def test_comparisons_name_configurations(study, wrong):
-    study.write_text(yaml.dump(STUDY | dict(comparisons=[dict(question="?") | wrong]), sort_keys=False))
-    with pytest.raises(WorkbookError, match="whole|None|unknown key of study file"):
+    with pytest.raises(WorkbookError, match="give random"):
         config.read_study(study)
 
 
@@ -356,6 +428,11 @@ def test_the_gap_lies_between_the_heaps(dead, alive):
     ratio = slimming.gap(scores)
     assert ratio == dead / (dead + alive)
     assert 1 - slimming.achieved(slimming.make_masks(scores, ratio)) == pytest.approx(alive / (dead + alive))
+
+
+def test_the_widest_of_several_gaps_is_taken():
+    zeros, dead, alive = torch.zeros(20), 10 ** torch.linspace(-6.5, -6, 50), 10 ** torch.linspace(-1.5, -1, 30)
+    assert slimming.gap(dict(a=torch.cat([zeros.clamp(min=1e-8), dead, alive]))) == 0.7
 
 
 def test_exact_zeros_are_a_heap():

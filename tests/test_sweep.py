@@ -14,7 +14,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from common import ROOT, WorkbookError, config, sweep
+from common import ROOT, WorkbookError, config, storage, sweep
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STUDY = dict(
@@ -134,7 +134,7 @@ def test_a_worker_that_died_before_its_first_heartbeat_is_found(runs, tmp_path, 
     opened = sweep.open_study(study)
     opened.ask()  # and nothing more: no heartbeat, no name
     monkeypatch.setattr(sweep, "MISSED", 0.1)
-    sweep.work(opened, heartbeat=1)
+    sweep.work(opened)
     assert sweep.results(opened, study)["plain/0"]["state"] == "complete"
 
 
@@ -148,7 +148,7 @@ def test_a_worker_that_died_without_a_run_keeps_nobody_waiting(runs, tmp_path, m
 
 @pytest.mark.parametrize("kind", ("sqlite:///", "journal:"))
 def test_paths_of_storages_begin_at_the_repository(kind, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(storage, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     sweep.open_study(config.read_study(write(tmp_path)), f"{kind}here.db")
     assert (tmp_path / "here.db").exists() and not (tmp_path.parent / "here.db").exists()
@@ -329,10 +329,27 @@ def test_a_configuration_given_twice_is_named(tmp_path):
         config.read_study(tmp_path / "study.yaml")
 
 
-def test_passwords_stay_out_of_messages(runs, tmp_path):
-    with pytest.raises(WorkbookError, match="cannot be reached") as error:
-        sweep.open_study(config.read_study(write(tmp_path)), "postgresql+psycopg://me:sec:ret@127.0.0.1:1/none")
-    assert "sec" not in str(error.value) and "ret" not in str(error.value) and "me:***@127.0.0.1" in str(error.value)
+@pytest.mark.parametrize(
+    "address",
+    (
+        "me:secret@127.0.0.1:1/none",
+        "me:sec/ret@127.0.0.1:1/none",
+        "me:sec@ret@127.0.0.1:1/none",
+        "me:sec%40ret@127.0.0.1:1/none",
+        "127.0.0.1:1/none?user=me&password=secret",
+        "127.0.0.1:1/none?password=sec@ret",
+    ),
+)
+def test_passwords_stay_out_of_messages(runs, tmp_path, address):
+    with pytest.raises(WorkbookError, match="^storage postgresql.* cannot be reached [^\\n]*; check it$") as caught:
+        sweep.open_study(config.read_study(write(tmp_path)), f"postgresql+psycopg://{address}")
+    assert "sec" not in str(caught.value) and "ret" not in str(caught.value)
+
+
+def test_a_storage_may_be_named_by_a_variable(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_STORAGE", f"sqlite:///{tmp_path}/variable.db")
+    sweep.open_study(config.read_study(write(tmp_path)))
+    assert (tmp_path / "variable.db").exists()
 
 
 def test_unreadable_files_and_storages_are_named(runs, tmp_path):

@@ -14,16 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import filelock
 import pytest
 import torch
 
 from common import ROOT, WorkbookError, augment, evaluate, measure, models, optim, runs, slimming, train
-from common.config import OPTIMIZERS, SCHEDULES, TrainConfig, native_precision
+from common.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from common.data import Images, Loader, Split
 from common.models import build, files
-from common.optim import lr_factor
+from common.optim import lr_factor, native_precision
 from common.train import fit
 
 CONFIG = TrainConfig(epochs=3, batch_size=30, optimizer="muon", lr=0.1, momentum=0.6, augment=("flip", "crop:2"))
@@ -245,7 +246,8 @@ def test_auto_precision_is_what_the_cpu_computes_natively(capability, expected, 
 
 @pytest.mark.parametrize("capability, expected", (((7, 5), "fp16"), ((8, 0), "bf16")))
 def test_auto_precision_is_what_the_gpu_computes_natively(capability, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    state = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(optim, "PartialState", lambda: state)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert native_precision("auto", network()) == expected
 
@@ -489,11 +491,10 @@ def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
     path = files.save_model(tmp_path / "model.pt", network())
     before = path.read_bytes()
 
-    def full(self, data):
-        os.open(self, os.O_CREAT | os.O_WRONLY)
+    def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WorkbookError, match="No space left"):
         files.save_model(path, network(seed=1))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -512,7 +513,7 @@ def free_threads(monkeypatch):
     """A machine of four cores on which nobody has set a number of threads."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(train, "CORES", 4)
+    monkeypatch.setattr(measure, "CORES", 4)
     torch.set_num_threads(4)
     yield monkeypatch
     torch.set_num_threads(before)
@@ -525,7 +526,7 @@ def busy(monkeypatch, cores):
 @pytest.mark.parametrize("cores,threads", ((-60, 4), (0, 4), (0.3, 4), (1, 3), (2, 2), (3, 1), (4, 1)))
 def test_a_training_takes_as_many_threads_as_cores_are_idle(cores, threads, free_threads, tmp_path, capsys):
     busy(free_threads, cores)
-    with train.idle_threads(tmp_path):
+    with measure.idle_threads(tmp_path):
         assert torch.get_num_threads() == threads
     assert f"threads: {threads}, " in capsys.readouterr().out and torch.get_num_threads() == 4, "as it was before"
 
@@ -533,11 +534,11 @@ def test_a_training_takes_as_many_threads_as_cores_are_idle(cores, threads, free
 def test_a_number_of_threads_that_was_set_wins(free_threads, tmp_path, capsys):
     busy(free_threads, 4)
     torch.set_num_threads(3)
-    with train.idle_threads(tmp_path):
+    with measure.idle_threads(tmp_path):
         assert torch.get_num_threads() == 3
     torch.set_num_threads(4)
     free_threads.setenv("OMP_NUM_THREADS", "4")
-    with train.idle_threads(tmp_path):
+    with measure.idle_threads(tmp_path):
         assert torch.get_num_threads() == 4 and not capsys.readouterr().out
 
 
@@ -782,16 +783,16 @@ def test_a_process_that_slept_overwrites_nothing(small, tmp_path):
 
 
 def test_a_run_that_another_process_has_finished_meanwhile_is_loaded(small, tmp_path, monkeypatch):
-    claim = runs.claim
+    claim = train.claim
 
     def late(folder):  # between looking for the run and claiming it
-        monkeypatch.setattr(runs, "claim", claim)
+        monkeypatch.setattr(train, "claim", claim)
         fit(network(), small, CONFIG, folder)
         before.append((folder / "checkpoint.pt").read_bytes())
         return claim(folder)
 
     before = []
-    monkeypatch.setattr(runs, "claim", late)
+    monkeypatch.setattr(train, "claim", late)
     run = fit(network(), small, CONFIG, tmp_path / "run")
     assert len(run.history) == CONFIG.epochs and (tmp_path / "run" / "checkpoint.pt").read_bytes() == before[0]
 

@@ -56,6 +56,8 @@ def fresh(name: str, seed: int, x: Tensor, **arguments) -> nn.Module:
     torch.manual_seed(seed)
     model = build(name, **arguments)
     if getattr(model, "whiten", None):
+        if not len(x):
+            raise WorkbookError(f"{name!r} is whitened, but x holds no images; give some thousand")
         model.whiten.fit(x)
     return model
 

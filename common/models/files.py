@@ -39,7 +39,8 @@ def rounded(model: nn.Module) -> nn.Module:
 def deployable(model: nn.Module, **meta) -> dict:
     """What a weights file holds: all but the optimizer's state."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return dict(spec=json.loads(json.dumps(model.spec)), state_dict=state, meta=meta)
+    spec, meta = json.loads(json.dumps([model.spec, meta], default=lambda value: value.item()))
+    return dict(spec=spec, state_dict=state, meta=meta)
 
 
 def save_model(path, model: nn.Module, **meta) -> Path:
@@ -61,8 +62,10 @@ def load_checkpoint(path) -> dict:
         reason = "it is truncated, of another kind, or holds code, which is not run"
         advice = "restore it, or train again"
         raise WorkbookError(f"{path} cannot be read as a checkpoint: {reason}; {advice}") from None
-    weights = isinstance(content, dict) and {"state_dict", "best"} & set(content)
-    if not weights or not isinstance(content.get("spec"), dict):
+    content = content if isinstance(content, dict) else {}
+    spec, holder = content.get("spec"), content if "state_dict" in content else content.get("best")
+    weights = holder.get("state_dict") if isinstance(holder, dict) else None
+    if not isinstance(weights, dict) or not isinstance(spec, dict) or "name" not in spec:
         raise WorkbookError(f"{path} is not a checkpoint of this workbook; give another path")
     return content
 
@@ -74,12 +77,12 @@ def load_model(path, expect: str | None = None) -> nn.Module:
     unusable files.
     """
     content = load_checkpoint(path)
-    name = content["spec"].get("name", "nameless network")
+    name = content["spec"]["name"]
     if expect and name != expect:
         raise WorkbookError(f"{path} holds a {name!r}, not a {expect!r}; set model={name!r}")
     model = build(**content["spec"])
     try:
         model.load_state_dict(content.get("state_dict") or content["best"]["state_dict"])
-    except RuntimeError:
+    except (RuntimeError, AttributeError):  # of other names and shapes; of no tensors
         raise WorkbookError(f"the weights in {path} do not fit the {name!r} it names") from None
     return model.eval()
