@@ -38,7 +38,7 @@ class Command(TrainConfig):
 
     Several GPUs or machines: accelerate launch -m common.train, with the same options; machines
     share runs/. Several CPU processes: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m
-    common.train, with the same options.
+    -- common.train, with the same options.
     """
 
     init: tyro.conf.Suppress[str] = "random"  # only notebooks start from other weights

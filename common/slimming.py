@@ -142,8 +142,7 @@ def gap(scores: dict) -> float:
     return (start + int(steps.argmax())) / n
 
 
-def _fullest(logs: Tensor) -> int:
-    """Most values within a range of 1."""
+def _fullest(logs: Tensor) -> int:  # most values within a range of 1
     return int((torch.searchsorted(logs, logs + 1) - torch.arange(len(logs))).max())
 
 

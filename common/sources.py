@@ -41,6 +41,7 @@ class Spec:
 
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100_PIXELS = dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+# Ten test images of CIFAR-100 are among its training images, too; they are left there.
 ALL = (
     Spec("cifar10", 10, **CIFAR10_PIXELS, default_val=5000, counts=(5000, 1000)),
     Spec("cifar100", 100, **CIFAR100_PIXELS, default_val=5000, counts=(500, 100)),

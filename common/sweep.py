@@ -165,8 +165,8 @@ def results(opened: optuna.Study, study: Study) -> dict:
     return found
 
 
-def run(command: StudyCommand) -> None:
-    """Check everything, queue what is left, work, and print what came of it."""
+def run(command: StudyCommand) -> list:
+    """Check everything, queue what is left, work, print what came of it; runs that failed."""
     params.whole(0)("workers", command.workers)
     params.whole(1)("heartbeat", command.heartbeat)
     params.optional(params.whole(1))("threads", command.threads)
@@ -190,8 +190,7 @@ def run(command: StudyCommand) -> None:
     failed = [key for key, done in found.items() if done["state"] == "fail"]
     for key in failed:
         print(f"  {key}: {found[key]['error']}")
-    if failed:
-        raise WorkbookError(f"{', '.join(failed)} failed, see above; --requeue runs them again")
+    return failed
 
 
 def start_workers(command: StudyCommand) -> None:
@@ -231,6 +230,7 @@ def worker_main(file: str, storage, heartbeat: int) -> None:
 
 if __name__ == "__main__":
     try:
-        run(tyro.cli(StudyCommand, prog="python -m common.sweep"))
+        if failed := run(tyro.cli(StudyCommand, prog="python -m common.sweep")):
+            raise WorkbookError(f"{', '.join(failed)} failed, see above; --requeue runs them again")
     except WorkbookError as error:
         sys.exit(f"error: {error}")

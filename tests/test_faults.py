@@ -34,6 +34,7 @@ from common.data import Images, Loader
 from common.evaluate import evaluate
 from common.models import files
 from common.train import fit
+from tests import fuzz
 
 CONFIG = TrainConfig(epochs=1, batch_size=50, lr=0.01, augment=())
 TINY = dict(dataset="cifar10-sample", model="fastnet", depth=3, gammas=True, cfg=[8] * 6, epochs=1, batch_size=50)
@@ -475,3 +476,10 @@ def test_32_a_picture_that_is_missing_is_not_told_its_format():
 def test_34_an_older_torch_tells_no_capabilities(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert optim.native_precision("auto", network()) == "no" and measure.machine()["cpu"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_is_refused_in_one_line_or_harmless(seed, monkeypatch):
+    for name in ("RUNS_DIR", "REPORTS_DIR"):  # put back afterwards
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    assert fuzz.attempt(seed) is None

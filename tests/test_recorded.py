@@ -1,11 +1,11 @@
 """Recorded runs: what is kept of them, who finds them, and what a damaged file leads to."""
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
 
+import experiment
 import pytest
 import torch
 import yaml
@@ -16,9 +16,6 @@ from common.evaluate import paired, predict
 from common.models import files
 from common.train import fit
 
-spec = importlib.util.spec_from_file_location("experiment", ROOT / "Lab2" / "experiment.py")
-experiment = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(experiment)
 CONFIG = TrainConfig(epochs=2, batch_size=50, optimizer="muon", lr=0.1, momentum=0.6, lam=0.01)
 TINY = dict(depth=3, gammas=True, cfg=[8, 8, 8, 8, 8, 8])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.trial import TrialState
 
@@ -238,10 +239,10 @@ def compare_with_undisturbed(study, opened, tmp_path, monkeypatch):
     assert sorted(complete) == sorted(study.runs), "each run finished exactly once"
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "undisturbed"))
     calm = sweep.open_study(study)
-    threads = sweep.train.torch.get_num_threads()
-    sweep.train.torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     sweep.work(calm)
-    sweep.train.torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     for key, run in sweep.results(calm, study).items():
         assert plain(run["history"]) == plain(found[key]["history"]), f"{key} differs from an undisturbed run"
 

@@ -16,7 +16,7 @@ class Stage(nn.Module):
         for i, (before, width) in enumerate(zip([inputs, *channels], channels), 1):
             conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
             if width >= before:
-                # the first filters start by handing their input on
+                # the first filters start by handing their input on; not where a stage is narrower
                 nn.init.dirac_(conv.weight.data[:before])
             setattr(self, f"conv{i}", conv)
             # The network changes fast: statistics of a few steps, so a momentum of 0.4, not 0.1.

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -57,6 +58,9 @@ def load_checkpoint(path) -> dict:
     if not path.is_file():
         raise WorkbookError(f"checkpoint {path} does not exist; train it or give another path")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not look at checksums
+                raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # pickle, zip and runtime errors, by how the file is damaged
         reason = "it is truncated, of another kind, or holds code, which is not run"

@@ -36,6 +36,7 @@ class MobileNet(Prunable, nn.Module):
     """Stem, 13 depthwise-separable blocks, mean, linear; x (N, 3, 32, 32) → logits (N, classes).
 
     `cfg` holds 14 widths: the stem's and one a block (a depthwise convolution keeps its input's).
+    The stem has a stride of 1, for small images; the paper's has 2, for 224 pixels.
     """
 
     def __init__(self, width, activation, activation_at, cfg, classes):

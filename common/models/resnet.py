@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.depth, self.stride = len(kernels), stride
         strides = [1] * len(kernels)
-        strides[kernels.index(3)] = stride  # the first 3×3 carries it
+        strides[kernels.index(3)] = stride  # the first 3×3 carries it; in the paper, a 1×1
         for i, kernel in enumerate(kernels):
             inputs, outputs = channels[i : i + 2]
             setattr(self, f"conv{i + 1}", conv(inputs, outputs, kernel, strides[i]))
@@ -151,7 +151,10 @@ def groups_of(opens, depth, se):
 
 
 def resnet50(cfg=None, classes=10):
-    """Bottleneck [3, 4, 6, 3], 3×3 stem and max-pool (some courses call it "ResNet-56")."""
+    """Bottleneck [3, 4, 6, 3], 3×3 stem and max-pool (some courses call it "ResNet-56").
+
+    As in such a course, the BatchNorms of its shortcuts have no gamma and beta; the paper's have.
+    """
     planes = (64, 128, 256, 512)
     return ResNet((3, 4, 6, 3), planes, stem="pool", affine=False, cfg=cfg, classes=classes)
 
@@ -172,7 +175,10 @@ def resnet18(cfg=None, classes=10, width=64, dropout=0.0):
 
 
 def seresnet44(cfg=None, classes=10, width=32, se=64, dropout=0.0):
-    """Bottlenecks [2, 4, 6, 2], half ResNet-50's width, squeeze-and-excitation before the sum."""
+    """Bottlenecks [2, 4, 6, 2], half ResNet-50's width, squeeze-and-excitation before the sum.
+
+    Its reduction is 64, that of Hu et al. (CVPR 2018) 16.
+    """
     planes = [width * 2**i for i in range(4)]
     return ResNet((2, 4, 6, 2), planes, se=se, dropout=dropout, cfg=cfg, classes=classes)
 
