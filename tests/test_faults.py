@@ -237,7 +237,7 @@ def test_23_workers_end_with_the_process_that_started_them(places):
     write(places / "study.yaml")
     worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, None, 30)"
     words = [sys.executable, "-c", f"import time; from common import sweep; {worker}"]
-    start = f"import subprocess, time; p = subprocess.Popen({words!r}); print(p.pid, flush=True); time.sleep(8)"
+    start = f"import subprocess, time; p = subprocess.Popen({words!r}, stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(8)"
     pid = int(subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True).stdout)
     for _ in range(60):
         time.sleep(0.5)
@@ -318,6 +318,15 @@ def test_17_weights_that_are_none_are_one_line(tmp_path, changes):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(WorkbookError, match="^[^\n]*model.pt[^\n]*$"):
         runs.load_model(tmp_path / "model.pt")
+
+
+def test_17_a_flipped_bit_is_noticed(run):
+    """In the middle of the file there are weights; torch itself would read others."""
+    raw = bytearray((run.folder / "best.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (run.folder / "best.pt").write_bytes(raw)
+    with pytest.raises(WorkbookError, match="best.pt cannot be read as a checkpoint"):
+        runs.load_model(run.folder)
 
 
 def test_17_weights_in_the_place_of_a_checkpoint_are_named(run, small):
