@@ -237,7 +237,8 @@ def test_23_workers_end_with_the_process_that_started_them(places):
     write(places / "study.yaml")
     worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, None, 30)"
     words = [sys.executable, "-c", f"import time; from common import sweep; {worker}"]
-    start = f"import subprocess, time; p = subprocess.Popen({words!r}, stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(8)"
+    start = f"p = subprocess.Popen({words!r}, stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(8)"
+    start = f"import subprocess, time; {start}"
     pid = int(subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True).stdout)
     for _ in range(60):
         time.sleep(0.5)
