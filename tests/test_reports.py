@@ -10,10 +10,15 @@ import pytest
 
 from common import ROOT, report
 
-REPORTS = sorted((ROOT / "reports").glob("*.md")) + [ROOT / "README.md"]
+READMES = [ROOT / folder / "README.md" for folder in (".", "Lab1", "Lab2", "Assignment_MobileNet", "common")]
+REPORTS = sorted((ROOT / "reports").glob("*.md")) + READMES
 
 
-@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
+def test_the_readme_is_one_page():
+    assert (ROOT / "README.md").stat().st_size <= 6000
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_manifests_are_committed(path):
     text = path.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
