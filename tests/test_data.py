@@ -338,7 +338,7 @@ def test_colour_keeps_a_grey_image_grey_and_strength_0_changes_nothing(sample):
 @pytest.mark.parametrize("size", ((32, 32), (7, 300), (1000, 20), (1, 1)))
 @pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"))
 def test_any_picture_becomes_one_image(tmp_path, mode, size):
-    path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr") else "picture.png")
+    path = tmp_path / {"CMYK": "picture.tif", "YCbCr": "picture.jpg"}.get(mode, "picture.png")
     Image.new(mode, size, 255 if mode in ("L", "P", "1") else None).save(path)
     x = competition.read_picture(path)
     assert x.shape == (1, 3, 32, 32) and x.dtype == torch.uint8
