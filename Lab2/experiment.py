@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import WorkbookError, cli, data, measure, models, report, runs, write_file
+from common import WorkbookError, choose, cli, data, measure, models, report, runs, write_file
 from common.cli import folder_of
 from common.config import Study, read_study
 from common.evaluate import paired
@@ -28,6 +28,9 @@ def run_all(study: Study, only_report: bool = False) -> None:
     All runs of the first seeds come first; one that cannot be trained does not stop the others.
     The report is written after each run.
     """
+    for each in study.more.get("comparisons", ()):
+        for side in "ab":
+            choose("configuration to compare", each.get(side), study.about)
     failed, keys = [], sorted(study.runs, key=lambda key: study.runs[key]["seed"])
     for key in [] if only_report else keys:
         settings, folder = study.runs[key], folder_of(study.name, key)
@@ -120,6 +123,8 @@ def points(a, b, labels) -> tuple:
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1:] not in ([], ["--report"]):
+            raise WorkbookError(f"unknown option {sys.argv[1:]}; give --report, or none")
         run_all(read_study(FILE), only_report=sys.argv[1:] == ["--report"])
     except WorkbookError as error:
         sys.exit(f"error: {error}")

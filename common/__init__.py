@@ -45,14 +45,15 @@ def write_file(path, data: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        for left in path.parent.glob("*.partial"):
-            if left.name.startswith(path.name) and time.time() - left.stat().st_mtime > 86_400:
-                left.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         advice = "free some space or make the folder writable"
         raise WorkbookError(f"cannot write {path} ({error.strerror}); {advice}") from None
+    with contextlib.suppress(OSError):  # another process may be as quick
+        for left in path.parent.glob("*.partial"):
+            if left.name.startswith(path.name) and time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
     return path
 
 

@@ -24,15 +24,17 @@ class Kind:
             raise pickle.UnpicklingError(f"it asks for an array of {self.dtype}")
 
     def __setstate__(self, state):  # version, byte order, parts and fields, sizes, flags
-        if state[1] not in ("<", "|") or state[2:5] != (None, None, None):
+        if state[1] not in ("<", "|", b"<", b"|") or state[2:5] != (None, None, None):
             raise pickle.UnpicklingError("it asks for numbers in another byte order, or with parts")
 
 
 class Numbers:
     """Stands in for numpy.ndarray: `values` are copied from the file's bytes, by their length."""
 
+    values = None
+
     def __init__(self, *_):
-        self.values = None
+        pass
 
     def __setstate__(self, state):
         _, shape, kind, by_column, raw = state

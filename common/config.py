@@ -108,7 +108,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 def as_json(value) -> dict:
     """What JSON makes of a dataclass or dict, so that saved and new settings compare equal."""
     value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return json.loads(json.dumps(value))
+    return json.loads(json.dumps(value, default=lambda number: number.item()))  # of numpy
 
 
 def identity(model: nn.Module, split: Split, config: TrainConfig) -> dict:
@@ -218,7 +218,8 @@ def read_study(path) -> Study:
             settings = found["base"] | (changes or {})
             about[name] = {key: settings.pop(key) for key in ABOUT if key in settings}
             seeds = settings.pop("seeds", found["seeds"])
-            several(whole(0))("seeds", seeds)
+            several(whole(0, 2**31))("seeds", seeds)
+            legal_name("run", f"{found['name']}-{name}-{max(seeds)}")
             if "seed" in settings:
                 raise WorkbookError("unknown key 'seed' (did you mean 'seeds'?)")
             made = repr(check_settings(with_seed(settings, 0)))

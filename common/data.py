@@ -80,7 +80,9 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     test = Images(xt.permute(0, 3, 1, 2), yt.long())
     numbered = [f"class {i}" for i in range(spec.classes)]
     names = arrays.get("classes", NAMES if spec.classes == 10 else numbered)
-    names = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    names = (
+        name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names
+    )
     return Split(train[~held], train[held], test, spec, tuple(names))
 
 

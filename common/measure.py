@@ -163,7 +163,7 @@ def idle_threads(folder: Path):
     threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
     if (folder / "checkpoint.pt").exists():
         with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
-            began = runs.load_manifest(folder)["machine"]["threads"]
+            began = runs.read_manifest(folder / "run.json")["machine"]["threads"]
             threads, why = min(CORES, began), "as this run began"
     print(f"threads: {threads}, {why} (OMP_NUM_THREADS sets another number)")
     torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """How do weights move? Optimizers, the schedule, sizes of the images, precision."""
 
+import copy
 import math
 
 import torch
@@ -136,3 +137,19 @@ def native_precision(precision: str, model: nn.Module) -> str:
     # Before torch 2.11 nothing tells.
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+
+
+def refuse_lonely_images(model, images: int, config: TrainConfig) -> None:
+    """Raise WorkbookError if a piece of a batch has one image, and BatchNorm cannot do with it."""
+    world = PartialState().num_processes
+    sizes = {size // world for size in (config.batch_size, images % config.batch_size) if size}
+    pieces = [len(piece) for size in sizes for piece in torch.zeros(size).chunk(config.accumulate)]
+    small = min(image_sizes(config.epochs, config.low_res, config.low_sizes))
+    try:
+        if min(pieces) == 1:
+            copy.deepcopy(model).train()(next(model.parameters()).new_zeros(1, 3, small, small))
+    except ValueError:
+        problem = f"leave a piece of one image of {images}, too few for this network"
+        advice = "choose another batch_size, accumulate or low_sizes"
+        settings = f"batch_size={config.batch_size}, accumulate={config.accumulate}"
+        raise WorkbookError(f"{settings} {problem}; {advice}") from None

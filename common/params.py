@@ -2,10 +2,10 @@
 
 import ast
 import math
-import numbers
 import re
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from common import WorkbookError, choose
@@ -43,7 +43,13 @@ def one_of(legal):
     return lambda name, value: choose(name, value, legal)
 
 
-def number(low=-math.inf, high=math.inf, below=math.inf, kind=numbers.Real, what="a number"):
+def number(
+    low=-math.inf,
+    high=math.inf,
+    below=math.inf,
+    kind=(int, float, np.integer, np.floating),
+    what="a number",
+):
     """A rule for low ≤ value ≤ high, value < below; booleans, strings and nan are rejected."""
     limits = {">=": low, "<=": high, "<": below}
     legal = " and ".join(f"{sign} {v}" for sign, v in limits.items() if math.isfinite(v))
@@ -57,7 +63,7 @@ def number(low=-math.inf, high=math.inf, below=math.inf, kind=numbers.Real, what
 
 
 def whole(low=-math.inf, high=math.inf):
-    return number(low, high, kind=numbers.Integral, what="a whole number")
+    return number(low, high, kind=(int, np.integer), what="a whole number")
 
 
 def text(name, value):
@@ -73,7 +79,9 @@ def switch(name, value):
 
 def name(name, value):
     """A rule for what becomes a part of a file's or folder's name."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?=.{1,150}$)[\w.-]*\w[\w.-]*", value):
+    if not isinstance(value, str) or not re.fullmatch(
+        r"(?=.{1,150}$)[\w.-]*\w[\w.-]*", value, re.ASCII
+    ):
         legal = "letters, digits, '.', '-', '_', 150 at most"
         raise WorkbookError(f"{name}={value!r} is not legal; give {legal}")
 
@@ -146,7 +154,7 @@ def read_yaml(path):
     """What a YAML file holds; raises WorkbookError where it cannot be read."""
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise WorkbookError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 

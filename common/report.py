@@ -62,8 +62,8 @@ def table(rows: list) -> str:
 def tested(run, split, tta: int = 0) -> dict:
     """Test loss, accuracy and top5 of a finished run: measured once, kept in its manifest."""
     key, images = TESTS[tta], pixels(split.test)
-    kept = tta or "recorded" in run.manifest or (run.folder / "answers.bin").exists()
-    if key not in run.manifest or not kept:
+    record = run.manifest.get("recorded") and not (run.folder / "best.pt").exists()
+    if key not in run.manifest or not (tta or record or (run.folder / "answers.bin").exists()):
         logits = predict(run.model, split.test, split.spec, tta=tta)
         found = means(totals(logits, split.test.y)) | dict(pixels=images)
         if not tta:
@@ -172,7 +172,9 @@ def write_report(name, scale, title, parts: list, figures: dict, used: list) -> 
         if not same and runs.is_recorded(manifest["name"]) and folder == recorded_folder():
             advice = "rename this one, or delete the recorded one"
             raise WorkbookError(f"{manifest['name']} was recorded from another training; {advice}")
-        if not same:
+        if same:  # what the recorded one has besides stays
+            manifest = runs.read_manifest(Path(f"{copy}.json")) | manifest
+        else:
             Path(f"{copy}.csv").unlink(missing_ok=True)
         write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
         kept = runs.folder(manifest["name"])
@@ -206,9 +208,10 @@ def write_index(folder: Path) -> None:
     found = {}
     for path in sorted((folder / "runs").glob("[!.]*.json")):
         try:
-            found[path.stem] = runs.read_manifest(path)
-        except WorkbookError as error:
-            print(f"left out: {error}")
+            run_row(path.stem, manifest := runs.read_manifest(path))
+            found[path.stem] = manifest
+        except (WorkbookError, KeyError, TypeError, AttributeError) as error:
+            print(f"left out: {path.name}: {error}")
     reports = [path for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
     text = "# Reports\n\n" + "\n".join(f"- [{path.stem}]({path.name})" for path in reports)
     published = folder / "published.json"

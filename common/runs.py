@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common import WorkbookError, folder_from, locked, owner_of, write_file
-from common.config import DIGESTS, differences
+from common.config import DIGESTS, as_json, differences
 from common.data import sha256, text_digest
 from common.models import digest, files
 from common.models.files import load_checkpoint, torch_bytes
@@ -207,20 +207,22 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         missing = {"config", "spec", "data", "best", "machine", "seconds"} - {*manifest}
         if path.name != "run.json" and "recorded" in manifest and manifest["name"] != path.stem:
-            missing = [f"name {path.stem}"]
-    except (ValueError, TypeError, OSError):
+            missing = [f"run {path.stem}, but {manifest['name']}"]
+    except (ValueError, TypeError, KeyError, OSError):
         missing = ["all of it"]
     if missing:
         problem = f"is damaged, or no manifest (no {', '.join(sorted(missing))})"
         raise WorkbookError(f"{path} {problem}; {RESTORE}")
-    return manifest | dict(name=path.parent.name if path.name == "run.json" else path.stem)
+    return manifest | dict(
+        name=path.absolute().parent.name if path.name == "run.json" else path.stem
+    )
 
 
 def save_result(folder, **results) -> dict:
     """Add results to a run's manifest, as in `test={"accuracy": 0.91}`; returns the manifest."""
     manifest = load_manifest(folder) | results
-    if (Path(folder) / "run.json").exists():  # not if the run is read from its record
-        write_file(Path(folder) / "run.json", json.dumps(manifest, indent=1))
+    if (place_of(folder) / "run.json").exists():  # not if the run is read from its record
+        write_file(place_of(folder) / "run.json", json.dumps(as_json(manifest), indent=1))
     return manifest
 
 

@@ -75,8 +75,8 @@ def check_arrays(arrays: dict, spec: Spec, where) -> None:
     for key in KEYS:
         if key not in arrays:
             refuse(f"lacks {key}")
-    if "classes" in arrays and len(arrays["classes"]) != spec.classes:
-        refuse(f"names {len(arrays['classes'])} classes, not {spec.classes}")
+    if "classes" in arrays and (shape := np.shape(arrays["classes"])) != (spec.classes,):
+        refuse(f"names classes as an array of {shape}, not of {spec.classes}")
     for part, count in zip(("train", "test"), spec.counts):
         x, y, n = arrays[f"x_{part}"], arrays[f"y_{part}"], count * spec.classes
         for array, shape in ((x, (n, 32, 32, 3)), (y, (n,))):

@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 import optuna
 import sqlalchemy
@@ -24,7 +24,7 @@ MISSED = 4  # heartbeats, after which a worker is taken for dead
 RETRIES = 10  # times that a run whose worker died is queued again by itself
 # Methods of a storage that are tried again, and errors of a database that is away.
 PATIENT = {name for name in dir(BaseStorage) if name[0] != "_"} | {"record_heartbeat"}
-PATIENT |= {"_get_stale_trial_ids", "_read_trials_partial"}
+PATIENT |= {"_get_stale_trial_ids", "_get_trials", "_create_new_trial", "_get_best_trial_id"}
 AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
 AWAY += (optuna.exceptions.StorageInternalError,)
 
@@ -72,9 +72,10 @@ def again(method, *arguments, **named):
 
 def without_secrets(text: str, url: str) -> str:
     """A text without what a storage's address holds before its last @, and after its first ?."""
-    address = url.partition("://")[2]
+    kind, marks, address = url.partition("://")
+    address = address if marks else kind
     secrets = f"{address.rpartition('@')[0]}:{address.partition('?')[2]}"
-    words = {*re.split(r"[:/@?&=]+", secrets), *re.split(r"[:/@?&=]+", unquote(secrets))}
-    for word in sorted(words - {""}, key=len, reverse=True):
-        text = text.replace(word, "***")
+    words = {*re.split(r"[:/@?&=]+", secrets), *re.split(r"[:/@?&=]+", unquote_plus(secrets))}
+    for word in sorted(words - {"", kind if marks else ""}, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "***", text)
     return text

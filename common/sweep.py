@@ -50,7 +50,9 @@ def open_study(study: Study, storage=None, heartbeat=30, enqueue=True) -> optuna
         problem = without_secrets(f"storage {url} cannot be reached ({reason})", url)
         raise WorkbookError(f"{problem}; check it") from None
     # Of a study that was opened before, workers beat as the first of them did.
-    heartbeat = opened.user_attrs.get("heartbeat", heartbeat)
+    if (first := opened.user_attrs.get("heartbeat", heartbeat)) != heartbeat:
+        print(f"{study.name} was opened with --heartbeat {first}, which stays")
+    heartbeat = first
     opened.set_user_attr("heartbeat", heartbeat)
     kept.heartbeat_interval, kept.grace_period = heartbeat, MISSED * heartbeat
     trials = trials_with_runs(opened)
@@ -77,7 +79,8 @@ def queue(opened: optuna.Study, key: str, settings: dict) -> None:
 
 def requeue(opened: optuna.Study, study=None, failed=True, dead=lambda trial: False) -> list:
     """Queue again the runs that `failed`, and running ones whose trial is `dead`; their keys."""
-    lost, trials = {}, trials_with_runs(opened, study)
+    mark = lambda key, trial: (key, repr(trial.user_attrs["settings"]))
+    lost, trials = {}, [(mark(key, t), t) for key, t in trials_with_runs(opened, study)]
     for key, trial in trials:
         if trial.state == TrialState.RUNNING and dead(trial):
             with contextlib.suppress(*FINISHED):  # another worker was first
@@ -89,9 +92,9 @@ def requeue(opened: optuna.Study, study=None, failed=True, dead=lambda trial: Fa
     tries = collections.Counter(key for key, t in trials if t.state == TrialState.FAIL)
     spent = lambda key: not failed and tries[key] >= RETRIES  # what kills its worker is given up
     again = {key: t for key, t in lost.items() if key not in there and not spent(key)}
-    for key, trial in again.items():
+    for (key, _), trial in again.items():
         queue(opened, key, trial.user_attrs["settings"])
-    return list(again)
+    return [key for key, _ in again]
 
 
 def objective(trial: optuna.Trial, study: Study | None = None) -> float:
@@ -195,10 +198,12 @@ def run(command: StudyCommand) -> list:
 
 def start_workers(command: StudyCommand) -> None:
     """Processes of this machine that work on a study whose runs are queued; waits for them."""
-    words = str(Path(command.file).resolve()), command.storage, command.heartbeat
+    words = str(Path(command.file).resolve()), command.heartbeat, os.getpid()
     threads = command.threads or max(1, measure.CORES // command.workers)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=paths)
+    if command.storage:
+        settings["STUDY_STORAGE"] = command.storage  # not in a command line, which others can read
     call = [sys.executable, "-c", f"from common import sweep; sweep.worker_main{words!r}"]
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
@@ -215,9 +220,9 @@ def start_workers(command: StudyCommand) -> None:
         raise WorkbookError("all workers died, see above; the same command goes on")
 
 
-def worker_main(file: str, storage, heartbeat: int) -> None:
+def worker_main(file: str, heartbeat: int, parent: int) -> None:
     """What one of several worker processes does; it ends with the process that started it."""
-    parent, study = os.getppid(), read_study(file)
+    study = read_study(file)
 
     def watch():
         while os.getppid() == parent:
@@ -225,7 +230,7 @@ def worker_main(file: str, storage, heartbeat: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    work(open_study(study, storage, heartbeat, enqueue=False), study)
+    work(open_study(study, heartbeat=heartbeat, enqueue=False), study)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from common import WorkbookError, choose, claim, measure, owner_of, runs, slimmi
 from common.config import TrainConfig, identity
 from common.data import Loader, Split
 from common.evaluate import evaluate
-from common.optim import GROUPS, image_sizes, lr_factor, make_optimizer, native_precision
+from common.optim import (
+    GROUPS,
+    image_sizes,
+    lr_factor,
+    make_optimizer,
+    native_precision,
+    refuse_lonely_images,
+)
 
 
 def fit(model, split, config, folder, on_grad=None, on_epoch=None, every=1, retrain=False):
@@ -52,7 +59,17 @@ def fit(model, split, config, folder, on_grad=None, on_epoch=None, every=1, retr
                 learner.save(state)
             learner.accelerator.print(line(folder.name, row, config.epochs), flush=True)
             hook(row)
-        return runs.result(folder, learner.finish(), state)
+        run = runs.result(folder, learner.finish(), state)
+        if learner.accelerator.is_main_process:
+            add_clean_accuracy(run, split)
+        return run
+
+
+def add_clean_accuracy(run: runs.Run, split: Split) -> None:
+    """Note the accuracy on training images as they are, in eval mode: as many as in validation."""
+    few = split.train[:: max(1, len(split.train) // len(split.val))][: len(split.val)]
+    found = evaluate(run.model, few, split.spec)["accuracy"]
+    run.manifest = runs.save_result(run.folder, clean_train_accuracy=found)
 
 
 def line(name: str, row: dict, epochs: int) -> str:
@@ -220,21 +237,6 @@ def refuse_unknown_ways(accelerator: Accelerator) -> None:
     way = accelerator.distributed_type.value
     if way != "NO" and not way.startswith("MULTI"):
         raise WorkbookError(f"{way} is not tried with this workbook; use several GPUs or CPUs")
-
-
-def refuse_lonely_images(model, images: int, config: TrainConfig) -> None:
-    """Raise WorkbookError if a piece of a batch has one image, and BatchNorm cannot do with it."""
-    sizes = config.batch_size, images % config.batch_size or config.batch_size
-    pieces = [len(piece) for size in sizes for piece in torch.zeros(size).chunk(config.accumulate)]
-    small = min(image_sizes(config.epochs, config.low_res, config.low_sizes))
-    try:
-        if min(pieces) == 1:
-            copy.deepcopy(model).train()(torch.zeros(1, 3, small, small))
-    except ValueError:
-        problem = f"leave a piece of one image of {images}, too few for this network"
-        advice = "choose another batch_size, accumulate or low_sizes"
-        settings = f"batch_size={config.batch_size}, accumulate={config.accumulate}"
-        raise WorkbookError(f"{settings} {problem}; {advice}") from None
 
 
 def refuse_divergence(learner: Learner, loss: float) -> None:

@@ -39,6 +39,22 @@ def test_reads_keys_written_by_python_2(tmp_path):
     assert competition.read_images(tmp_path / "test.pkl")[0].shape == (2, 3, 32, 32)
 
 
+def test_reads_arrays_written_by_python_2(tmp_path):
+    """There every text of the file is bytes, also the byte order of the array's type."""
+
+    class Kind:
+        def __reduce__(self):
+            return np.dtype, (b"u1", 0, 1), (3, b"|", None, None, None, -1, -1, 0)
+
+    class Array:
+        def __reduce__(self):
+            call, arguments, (version, shape, _, order, raw) = pictures(2).__reduce__()
+            return call, arguments, (version, shape, Kind(), order, raw)
+
+    read, _ = competition.read_images(dump(tmp_path / "test.pkl", {b"data": Array()}, 2))
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), pictures(2))
+
+
 def test_submission_of_100_000_images(tmp_path, sample):
     path = dump(tmp_path / "test.pkl", {b"data": np.broadcast_to(pictures(1), (100_000, 32, 32, 3)).copy()})
     x, ids = competition.read_images(path)

@@ -232,11 +232,45 @@ def test_56_workers_share_out_the_gpus(places, monkeypatch, given, expected):
     assert seen == expected
 
 
+def test_56_a_corrected_configuration_comes_back(places):
+    """Another run of that name was complete; the one with today's settings has died."""
+    sweep.work(sweep.open_study(config.read_study(write(places / "study.yaml", configurations=dict(plain=None)))))
+    study = config.read_study(write(places / "study.yaml", configurations=dict(plain=dict(lr=0.01))))
+    opened = sweep.open_study(study)
+    opened.ask()
+    assert sweep.requeue(opened, failed=False, dead=lambda trial: True) == ["plain/0"]
+
+
+def test_55_what_is_tried_again_exists():
+    assert not [name for name in storage.PATIENT if not hasattr(storage.RDBStorage, name)]
+
+
+def test_52_a_storage_stands_in_no_command_line(places, monkeypatch):
+    seen = []
+
+    class Process:
+        def __init__(self, call, env):
+            seen.append((" ".join(call), env.get("STUDY_STORAGE")))
+
+        wait = terminate = lambda self: 0
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    address = "postgresql://me:secret@host/db"
+    sweep.start_workers(sweep.StudyCommand(str(write(places / "study.yaml")), workers=1, storage=address))
+    assert "secret" not in seen[0][0] and seen[0][1] == address
+
+
+def test_54_two_processes_may_write_one_file_at_once(tmp_path):
+    code = f"import common\nfor _ in range(150): common.write_file({str(tmp_path / 'file')!r}, 'text' * 100)"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0] and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_23_workers_end_with_the_process_that_started_them(places):
     """The middle process starts a worker that never ends by itself, and is gone."""
     write(places / "study.yaml")
-    worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, None, 30)"
-    words = [sys.executable, "-c", f"import time; from common import sweep; {worker}"]
+    worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, 30, os.getppid())"
+    words = [sys.executable, "-c", f"import os, time; from common import sweep; {worker}"]
     start = f"p = subprocess.Popen({words!r}, stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(8)"
     start = f"import subprocess, time; {start}"
     pid = int(subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True).stdout)
@@ -357,7 +391,7 @@ def test_18_a_number_of_validation_images_is_a_number(val):
 
 def test_18_names_of_nine_classes_are_refused():
     sample = sources.read_sample()
-    with pytest.raises(WorkbookError, match="names 9 classes, not 10"):
+    with pytest.raises(WorkbookError, match=r"names classes as an array of \(9,\), not of 10"):
         sources.check_arrays(sample | dict(classes=np.array(["x"] * 9)), sources.SPECS["cifar10-sample"], "here")
 
 
@@ -434,8 +468,8 @@ def test_19_a_number_for_a_text_is_told_how_to_be_one():
 def test_22_numbers_of_numpy_are_numbers(tmp_path):
     path = files.save_model(tmp_path / "model.pt", network(), accuracy=np.float64(0.9), epoch=np.int64(3))
     assert files.load_checkpoint(path)["meta"] == dict(accuracy=0.9, epoch=3)
-    common.params.whole(1)("epochs", np.int64(3))
-    common.params.number(0)("lr", np.float32(0.1))
+    told = TrainConfig(epochs=np.int64(3), lr=np.float32(0.5))
+    assert config.as_json(told)["epochs"] == 3 and config.as_json(told)["lr"] == 0.5
 
 
 def test_25_a_finished_run_without_best_pt_has_its_weights(run):

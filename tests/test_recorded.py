@@ -190,6 +190,16 @@ def test_no_report_replaces_a_record(once, small, monkeypatch):
     assert runs.is_recorded("once")
 
 
+def test_a_report_keeps_what_was_recorded(places, small, monkeypatch):
+    """The manifest that a notebook holds may be older than the record."""
+    own = fit(network(small), small, CONFIG, runs.folder("once"))
+    report.record("once", small, weights=True)
+    monkeypatch.setattr(report, "report_folder", lambda scale: report.recorded_folder())
+    report.write_report("lab", "laptop", "Title", ["text"], {}, [own.manifest])
+    shutil.rmtree(runs.folder("once"))
+    assert runs.is_recorded("once") and runs.load_model("once")
+
+
 def test_what_is_measured_of_a_record_makes_no_folder(once, small):
     run = runs.load_run("once")
     assert 0 <= report.tested(run, small, tta=1)["accuracy"] <= 1 and "test_tta" not in once.manifest

@@ -347,6 +347,22 @@ def test_passwords_stay_out_of_messages(runs, tmp_path, address):
     assert "sec" not in str(caught.value) and "ret" not in str(caught.value)
 
 
+MISSPELT = ("postgresql+psycopg//me:secret@host/db", "postgresql:/me:secret@host/db", "me:secret@host:5432/db")
+
+
+@pytest.mark.parametrize("url", MISSPELT)
+def test_passwords_of_misspelt_addresses_stay_out_too(runs, tmp_path, url):
+    with pytest.raises(WorkbookError, match="cannot be reached") as caught:
+        sweep.open_study(config.read_study(write(tmp_path)), url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_user_named_like_the_database_garbles_nothing():
+    url = "postgresql://postgres:e@host/db"
+    shown = storage.without_secrets(f"storage {url} cannot be reached", url)
+    assert shown == "storage postgresql://***:***@host/db cannot be reached"
+
+
 def test_a_storage_may_be_named_by_a_variable(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_STORAGE", f"sqlite:///{tmp_path}/variable.db")
     sweep.open_study(config.read_study(write(tmp_path)))

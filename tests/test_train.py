@@ -532,6 +532,14 @@ def test_a_training_takes_as_many_threads_as_cores_are_idle(cores, threads, free
     assert f"threads: {threads}, " in capsys.readouterr().out and torch.get_num_threads() == 4, "as it was before"
 
 
+def test_the_accuracy_on_clean_training_images_is_noted(small, tmp_path):
+    """It is measured without augmentation, in eval mode, with the best weights."""
+    run = fit(network(), small, dataclasses.replace(CONFIG, augment=("cutout:32",)), tmp_path / "run")
+    few = Images(small.train.x[::2][:40], small.train.y[::2][:40])
+    expected = evaluate.evaluate(run.model, few, small.spec)["accuracy"]
+    assert run.manifest["clean_train_accuracy"] == expected == runs.load_manifest(tmp_path / "run")["clean_train_accuracy"]
+
+
 def test_a_number_of_threads_that_was_set_wins(free_threads, tmp_path, capsys):
     busy(free_threads, 4)
     torch.set_num_threads(3)
