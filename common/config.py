@@ -222,8 +222,8 @@ def read_study(path) -> Study:
             legal_name("run", f"{found['name']}-{name}-{max(seeds)}")
             if "seed" in settings:
                 raise WorkbookError("unknown key 'seed' (did you mean 'seeds'?)")
-            made = repr(check_settings(with_seed(settings, 0)))
-            twin = seen.setdefault(made, name)
+            told, *rest = check_settings(with_seed(settings, 0))
+            twin = seen.setdefault(repr((full_config(as_json(told)), rest)), name)
             if twin != name or len(set(seeds)) < len(seeds):
                 raise WorkbookError(f"{twin!r} is the same, or a seed is given twice; remove one")
         except Exception as error:  # of a rule, or of building the network

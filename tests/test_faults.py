@@ -405,6 +405,12 @@ def test_57_defaults_written_out_make_no_other_run(run, small, capsys):
         fit(network(), small, config.dataclasses.replace(CONFIG, augment=("crop:3", "flip")), runs.folder("crop"))
 
 
+def test_57_twins_in_a_study_are_named(places):
+    twins = dict(plain=None, twin=dict(augment=["flip:50", "crop:4"], momentum=0.9))
+    with pytest.raises(WorkbookError, match="'plain' is the same"):
+        config.read_study(write(places / "study.yaml", configurations=twins))
+
+
 def test_57_a_checkpoint_with_other_columns_goes_on(places, small):
     two = config.dataclasses.replace(CONFIG, epochs=2)
 
