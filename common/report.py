@@ -62,8 +62,8 @@ def table(rows: list) -> str:
 def tested(run, split, tta: int = 0) -> dict:
     """Test loss, accuracy and top5 of a finished run: measured once, kept in its manifest."""
     key, images = TESTS[tta], pixels(split.test)
-    record = run.manifest.get("recorded") and not (run.folder / "best.pt").exists()
-    if key not in run.manifest or not (tta or record or (run.folder / "answers.bin").exists()):
+    elsewhere = run.manifest.get("recorded") and not (run.folder / "best.pt").exists()
+    if key not in run.manifest or not (tta or elsewhere or (run.folder / "answers.bin").exists()):
         logits = predict(run.model, split.test, split.spec, tta=tta)
         found = means(totals(logits, split.test.y)) | dict(pixels=images)
         if not tta:

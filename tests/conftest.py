@@ -61,3 +61,11 @@ SHAPES = {
 @pytest.fixture(scope="session", params=sorted({*MODELS, *SHAPES}))
 def network(request):
     return narrow(**SHAPES.get(request.param, dict(name=request.param)))
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders of their own for runs and for reports."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("REPORTS_DIR", str(tmp_path / "reports"))
+    return tmp_path

@@ -46,13 +46,6 @@ def network(seed=0, **more):
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.setenv("REPORTS_DIR", str(tmp_path / "reports"))
-    return tmp_path
-
-
-@pytest.fixture
 def run(places, small):
     return fit(network(), small, CONFIG, runs.folder("one"))
 

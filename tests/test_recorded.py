@@ -26,14 +26,6 @@ def network(split, seed=0):
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Folders of their own for runs and for reports."""
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.setenv("REPORTS_DIR", str(tmp_path / "reports"))
-    return tmp_path
-
-
-@pytest.fixture
 def once(places, small):
     """A run "once", trained and recorded with its weights; its folder is gone, and no run may be trained."""
     run = fit(network(small), small, CONFIG, runs.folder("once"))
