@@ -1,4 +1,4 @@
-# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make bench | make clean
+# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make bench | make clean
 SCALE ?= quick
 VENV ?= .venv
 RUNS_DIR ?= runs
@@ -9,7 +9,7 @@ LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test test-long lab1 lab2 assignment bench clean
+.PHONY: demo test test-long lab1 lab2 assignment report bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ lab2: $(VENV)/installed
 
 assignment: $(VENV)/installed
 	@$(call run,Assignment_MobileNet,hyperparameter_study)
+
+# Only this writes to reports/: all lessons, with the settings of a real scale.
+report: $(VENV)/installed
+	WORKBOOK_REPORT=1 $(MAKE) --no-print-directory lab1 lab2 assignment SCALE=$(if $(filter quick,$(SCALE)),laptop,$(SCALE))
 
 define run
 	mkdir -p "$(RUNS_DIR)/notebooks"; \

@@ -1,6 +1,6 @@
-"""Lab 2's experiment: trains what is missing of `experiment.yaml`, records it, writes the report.
+"""Lab 2's experiment: trains what is missing of `experiment.yaml`, and reports it.
 
-`python Lab2/experiment.py`, the same command again to go on; `--report` only writes the report.
+`python Lab2/experiment.py`, the same command again to go on; `--report` trains nothing.
 """
 
 import contextlib
@@ -12,7 +12,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import WorkbookError, choose, cli, data, measure, models, report, runs, write_file
+from common import (
+    WorkbookError,
+    choose,
+    cli,
+    data,
+    measure,
+    models,
+    report,
+    runs,
+    write_file,
+)
 from common.cli import folder_of
 from common.config import Study, read_study
 from common.evaluate import paired
@@ -25,7 +35,7 @@ COLUMNS = "run", "state", "PMACs", "in all", "minutes", "params", "macs", "valid
 def run_all(study: Study, only_report: bool = False) -> None:
     """Train what is missing of a study, one run after the other, and record each run.
 
-    All runs of the first seeds come first; one that cannot be trained does not stop the others.
+    All runs of the first seeds come first; one that fails does not stop the others.
     The report is written after each run.
     """
     for each in study.more.get("comparisons", ()):
@@ -39,18 +49,22 @@ def run_all(study: Study, only_report: bool = False) -> None:
             cli.start(settings, split, folder)
             if not runs.is_recorded(folder.name):
                 told = study.about[key.split("/")[0]]
-                report.record(folder.name, split, settings["seed"] in told.get("weights", ()))
+                report.record(
+                    folder.name, split, settings["seed"] in told.get("weights", ())
+                )
                 write_experiment(study)
         except WorkbookError as error:
             failed.append(key)
             print(f"{key} failed: {error}")
     write_experiment(study)
     if failed:
-        raise WorkbookError(f"{', '.join(failed)} failed, see above; the same command tries again")
+        raise WorkbookError(
+            f"{', '.join(failed)} failed, see above; the same command tries again"
+        )
 
 
 def write_experiment(study: Study) -> None:
-    """Write `reports/<study>_experiment.md`: what is done, what is open, what the runs say."""
+    """Write `reports/<study>_experiment.md`: what is done, open, and found."""
     found, done = {}, {}
     for key in study.runs:
         name = folder_of(study.name, key).name
@@ -60,29 +74,52 @@ def write_experiment(study: Study) -> None:
             done[key] = found[key] = runs.read_manifest(runs.recorded(name, "run.json"))
     spent = {key: study.about[key.split("/")[0]].get("pmacs", 0) for key in study.runs}
     hours = sum(manifest["seconds"] for manifest in done.values()) / 3600
-    left = hours * (sum(spent.values()) / max(sum(spent[key] for key in done), 1e-9) - 1)
+    left = hours * (
+        sum(spent.values()) / max(sum(spent[key] for key in done), 1e-9) - 1
+    )
     state = f"{len(done)} of {len(study.runs)} runs are done"
-    state += f"; at their pace the others take {left:.1f} hours of training." if left > 0 else "."
+    state += (
+        f"; at their pace the others take {left:.1f} hours of training."
+        if left > 0
+        else "."
+    )
     rows = [experiment_row(study, key, found.get(key)) for key in study.runs]
-    answers = [compare(study, done, **each) for each in study.more.get("comparisons", ())]
-    purposes = [f"- **{k}**: {told['why']}" for k, told in study.about.items() if "why" in told]
+    answers = [
+        compare(study, done, **each) for each in study.more.get("comparisons", ())
+    ]
+    purposes = [
+        f"- **{k}**: {told['why']}" for k, told in study.about.items() if "why" in told
+    ]
     more, sources = study.more, "\n".join(map(report.provenance, done.values()))
     parts = [f"# {more.get('title', study.name)}", more.get("text"), "## Runs"]
     parts += ["\n".join(purposes), state, report.table(rows), "## What the runs say"]
-    parts += [report.table(answers), more.get("notes"), "## Where the numbers come from"]
+    parts += [
+        report.table(answers),
+        more.get("notes"),
+        "## Where the numbers come from",
+    ]
     text = "\n\n".join(filter(None, [*parts, sources, report.FOOT]))
     write_file(report.recorded_folder() / f"{study.name}_experiment.md", text)
     report.write_index(report.recorded_folder())
 
 
 def experiment_row(study: Study, key: str, manifest: dict | None) -> dict:
-    """A row of the table of runs; computation in all counts the run that it starts from, too."""
+    """A row of the table of runs; with the computation of the run it starts from."""
     settings, spent = study.runs[key], study.about[key.split("/")[0]].get("pmacs", 0)
     origin = settings.get("init", "random").split(",")[0]
-    names = {folder_of(study.name, other).name: other.split("/")[0] for other in study.runs}
+    names = {
+        folder_of(study.name, other).name: other.split("/")[0] for other in study.runs
+    }
     total = spent + study.about.get(names.get(origin), {}).get("pmacs", 0)
-    state = f"epoch {manifest['epochs']} of {settings['epochs']}" if manifest else "open"
-    row = {"run": key, "state": state, "PMACs": f"{spent:.3g}", "in all": f"{total:.3g}"}
+    state = (
+        f"epoch {manifest['epochs']} of {settings['epochs']}" if manifest else "open"
+    )
+    row = {
+        "run": key,
+        "state": state,
+        "PMACs": f"{spent:.3g}",
+        "in all": f"{total:.3g}",
+    }
     if not manifest or "recorded" not in manifest:
         return dict.fromkeys(COLUMNS, "–") | row
     model = models.build(**manifest["spec"])
@@ -93,7 +130,7 @@ def experiment_row(study: Study, key: str, manifest: dict | None) -> dict:
 
 
 def compare(study: Study, done: dict, question: str, a: str, b: str) -> dict:
-    """A row of the table of differences of two configurations, by seed and in the mean, in points.
+    """A row of differences of two configurations, by seed and in the mean, in points.
 
     One is better where the intervals of all seeds lie on one side of 0.
     """
@@ -108,14 +145,20 @@ def compare(study: Study, done: dict, question: str, a: str, b: str) -> dict:
             text, side = points(*pairs[-1], labels)
             sides.add(side)
         row[f"seed {seed}"] = text
-    row["mean"] = "open" if len(pairs) < 2 else points(*map(torch.stack, zip(*pairs)), labels)[0]
-    verdict = f"{a if sides == {1} else b} is better" if sides in ({1}, {-1}) else "not told apart"
+    row["mean"] = (
+        "open" if len(pairs) < 2 else points(*map(torch.stack, zip(*pairs)), labels)[0]
+    )
+    verdict = (
+        f"{a if sides == {1} else b} is better"
+        if sides in ({1}, {-1})
+        else "not told apart"
+    )
     row["verdict"] = verdict + ", in one seed" * (len(pairs) == 1) if pairs else "open"
     return row
 
 
 def points(a, b, labels) -> tuple:
-    """A paired difference in points with its interval, and on which side of 0 this lies, or 0."""
+    """A paired difference in points, its interval, and on which side of 0 it lies."""
     difference, half = paired(a, b, labels)
     side = 0 if abs(difference) <= half else 1 if difference > 0 else -1
     return f"{100 * difference:+.2f} ± {100 * half:.2f}", side
@@ -124,7 +167,9 @@ def points(a, b, labels) -> tuple:
 if __name__ == "__main__":
     try:
         if sys.argv[1:] not in ([], ["--report"]):
-            raise WorkbookError(f"unknown option {sys.argv[1:]}; give --report, or none")
+            raise WorkbookError(
+                f"unknown option {sys.argv[1:]}; give --report, or none"
+            )
         run_all(read_study(FILE), only_report=sys.argv[1:] == ["--report"])
     except WorkbookError as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,5 @@
 """Is a value legal? Rules for settings, names, files, and parameters of notebooks."""
 
-import ast
 import math
 import re
 from pathlib import Path
@@ -11,32 +10,6 @@ import yaml
 from common import WorkbookError, choose
 
 SCALES = ("quick", "laptop", "full")
-standard = False  # whether papermill runs the notebook with the settings of a scale as they stand
-
-
-def check(namespace: dict, neutral: tuple = (), **rules) -> None:
-    """Check a notebook's parameters: `check(globals(), scale=one_of(SCALES), epochs=whole(1))`.
-
-    Sets `standard`, for which the `neutral` ones do not count; without papermill it is False, since
-    a cell edited by hand does not tell what was changed. Raises WorkbookError for an illegal value,
-    and for a name that papermill injected and the notebook does not have.
-    """
-    given = injected(namespace)
-    for name in given:
-        choose("parameter", name, rules)
-    for name, rule in rules.items():
-        rule(name, namespace[name])
-    global standard
-    standard = "scale" in given and set(given) <= {"scale", *neutral}
-
-
-def injected(namespace: dict) -> list:
-    """Names assigned by papermill, in a cell of its own that starts with "# Parameters"."""
-    cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters")]
-    statements = [node for cell in cells for node in ast.parse(cell).body]
-    assignments = [node for node in statements if isinstance(node, ast.Assign)]
-    targets = [target for node in assignments for target in node.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def one_of(legal):
@@ -156,9 +129,3 @@ def read_yaml(path):
         return yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise WorkbookError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def settings(table: dict, scale: str, **overrides) -> dict:
-    """The row of `table` for `scale`, with every override that is not None in its place."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return table[scale] | given

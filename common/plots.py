@@ -1,11 +1,12 @@
 """Plots: each takes data and an optional `ax`, and returns the `ax` it drew on."""
 
+import io
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import display
+from IPython.display import Image, display
 from matplotlib.ticker import MaxNLocator
 
 
@@ -42,13 +43,15 @@ def images(x, titles=None, columns: int = 10):
     return axes[0, 0]
 
 
-def curves(histories: dict, key: str = "val_accuracy", ylabel: str | None = None, ax=None):
-    """One line a run over the epochs; `histories` maps a label to a list of rows."""
+def curves(histories: dict, key="val_accuracy", ylabel=None, ax=None, x="epoch"):
+    """One line a run over epochs, or with x="minutes" over time; label → list of rows."""
     ax = _axes(ax)
     for label, history in histories.items():
-        epochs = [row["epoch"] for row in history]
-        ax.plot(epochs, [row[key] for row in history], marker="o", markersize=3, label=label)
-    return _finish(ax, "epoch", ylabel or key.replace("_", " "))
+        at = [row["epoch"] for row in history]
+        if x == "minutes":
+            at = np.cumsum([row.get("seconds", 0) / 60 for row in history])
+        ax.plot(at, [row[key] for row in history], marker="o", markersize=3, label=label)
+    return _finish(ax, x, ylabel or key.replace("_", " "))
 
 
 def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax=None):
@@ -64,21 +67,29 @@ def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax
     return _finish(ax, "epoch", ylabel or key.replace("_", " "))
 
 
+def picture(ax, alt: str) -> Image:
+    """The figure of an axes, or a figure, as a PNG; `alt` says what is to be seen in it."""
+    buffer, figure = io.BytesIO(), getattr(ax, "figure", ax)
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return Image(buffer.getvalue(), alt=alt, metadata=dict(alttext=alt))
+
+
 class Live:
-    """An `on_epoch` hook that redraws both accuracies under the cell; keeps the last `figure`."""
+    """An `on_epoch` hook that redraws both accuracies under the cell; keeps the last `picture`."""
 
     def __init__(self):
-        self.handle, self.figure, self.rows = None, None, []
+        self.handle, self.picture, self.rows = None, None, []
 
     def __call__(self, row: dict) -> None:
         self.rows = [*(self.rows if row["epoch"] > 1 else []), row]  # 1: it began again
         ax = curves({"training": self.rows}, "train_accuracy")
-        self.figure = curves({"validation": self.rows}, ylabel="accuracy", ax=ax).figure
+        curves({"validation": self.rows}, ylabel="accuracy", ax=ax)
+        self.picture = picture(ax, "Accuracy in training and in validation, by epoch")
         if self.handle:
-            self.handle.update(self.figure)
+            self.handle.update(self.picture)
         else:
-            self.handle = display(self.figure, display_id=True)
-        plt.close(self.figure)
+            self.handle = display(self.picture, display_id=True)
 
 
 def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1e-6, ax=None):
@@ -140,20 +151,22 @@ def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
     return ax
 
 
-def ladder(values: dict, gains=True, xlabel="validation accuracy (%)", ax=None):
-    """Horizontal bars, a rung each from top to bottom, with its value and gain over the last."""
+def ladder(values: dict, gains=True, xlabel="validation accuracy (%)", noise=None, ax=None):
+    """Dots, a rung each from top to bottom, with value and gain; `noise`: half widths of bars."""
     ax = _axes(ax, 6.5, 0.8 + 0.3 * len(values))
     numbers = list(values.values())
-    texts = [f"{number:.2f}" for number in numbers]
-    for i in range(1, len(numbers) * gains):
-        texts[i] += f" ({numbers[i] - numbers[i - 1]:+.2f})"
-    bars = ax.barh(range(len(numbers)), numbers, color="tab:blue", alpha=0.7)
-    ax.bar_label(bars, texts, fontsize=8, padding=3)
+    ax.errorbar(numbers, range(len(numbers)), xerr=noise, fmt="o", capsize=3)
+    for i, number in enumerate(numbers):
+        text = f"{number:.2f}"
+        if gains and i:
+            text += f" ({number - numbers[i - 1]:+.2f})"
+        style = dict(textcoords="offset points", xytext=(0, 5), fontsize=7, ha="center")
+        ax.annotate(text, (number, i), **style)
     _name(ax.set_yticks, list(values), 0)
-    ax.invert_yaxis()
-    low, high = min(numbers), max(numbers)
-    left = max(0, low - 0.5 * (high - low) - 1)
-    ax.set(xlabel=xlabel, xlim=(left, high + 0.35 * (high - low) + 1))
+    ax.set_ylim(len(numbers) - 0.5, -0.7)  # from top to bottom
+    ax.margins(x=0.15)
+    ax.grid(alpha=0.3)
+    ax.set_xlabel(xlabel)
     return ax
 
 

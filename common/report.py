@@ -1,10 +1,9 @@
 """What was found? Tables, verdicts, reports and their index, each number with its manifest."""
 
-import io
 import json
 from pathlib import Path
 
-from common import WorkbookError, folder_from, params, runs, write_file
+from common import WorkbookError, folder_from, runs, write_file
 from common.config import FIELDS
 from common.data import pixels, sha256, text_digest
 from common.evaluate import evaluate, mean_std, means, predict, totals
@@ -23,7 +22,6 @@ COLUMNS = {  # heading, format
     "lam": ("λ", "{:g}"),
     "minutes": ("minutes", "{:.1f}"),
     "seconds": ("seconds", "{:.1f}"),
-    "loss": ("loss", "{:.3f}"),
 }
 TESTS = ("test", "test_mirror", "test_tta")  # keys of a manifest, by level of `evaluate.views`
 ABOUT_RUNS = (
@@ -31,7 +29,6 @@ ABOUT_RUNS = (
     "recipe says so), single view; it says nothing (–) where the validation images were trained "
     "on. A machine without its instruction set is one of before that was recorded."
 )
-QUICK = "> A **quick** run on the embedded sample: it shows that everything works, no more."
 FOOT = "Settings, machine and commit of each run stand in [`runs/`](runs/), one line an epoch.\n"
 
 
@@ -43,7 +40,7 @@ def cell(name: str, value) -> str:
     if value is None or isinstance(value, str):
         return "not run" if value is None else value
     share = isinstance(value, float) and name not in FIELDS
-    default = "{:.2%}" if share else "{}"
+    default = "{:.3f}" if name.endswith("loss") else "{:.2%}" if share else "{}"
     form = COLUMNS.get(name, (None, default))[1]
     return form(value) if callable(form) else form.format(value)
 
@@ -110,12 +107,6 @@ def moved(model, rounded, split) -> bool:
     return False
 
 
-def report_folder(scale: str) -> Path:
-    """`reports/` for the settings of a real scale, given by papermill; else `runs/reports/`."""
-    standard = scale != "quick" and params.standard
-    return recorded_folder() if standard else runs.folder("reports")
-
-
 def recorded_folder() -> Path:
     return folder_from("REPORTS_DIR", "reports")
 
@@ -149,42 +140,38 @@ def processor(machine: dict) -> str:
     return f"{machine['cpu']} {machine.get('instructions', '')}".strip()
 
 
-def write_report(name, scale, title, parts: list, figures: dict, used: list) -> Path:
-    """Write `<name>.md` with its figures, and the manifests and histories of the runs `used`.
+def write_report(folder: Path, name: str, title: str, parts: list, used: list) -> Path:
+    """Write `<name>.md` of Markdown parts, and manifests and histories of the runs `used`.
 
-    `parts` are Markdown texts in order, where `![](key)` stands for the figure of that key.
-    Returns the report's path; raises WorkbookError for a figure that is not shown.
+    Returns the report's path. Raises WorkbookError for a run whose name was recorded by another.
     """
-    folder = report_folder(scale)
-    body = "\n\n".join(parts)
-    for key, figure in figures.items():
-        if f"![]({key})" not in body:
-            raise WorkbookError(f"figure {key!r} is not shown; put ![]({key}) into a part")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, bbox_inches="tight")
-        path = write_file(folder / "figures" / f"{name}_{key}.png", buffer.getvalue())
-        shown = f"![{key.replace('_', ' ')}](figures/{path.name})"
-        body = body.replace(f"![]({key})", shown)
     for manifest in used:
-        legal_name("run", manifest["name"])  # a manifest of another's could lead elsewhere
-        copy = folder / "runs" / manifest["name"]
-        same = same_file(manifest, Path(f"{copy}.json"))
-        if not same and runs.is_recorded(manifest["name"]) and folder == recorded_folder():
-            advice = "rename this one, or delete the recorded one"
-            raise WorkbookError(f"{manifest['name']} was recorded from another training; {advice}")
-        if same:  # what the recorded one has besides stays
-            manifest = runs.read_manifest(Path(f"{copy}.json")) | manifest
-        else:
-            Path(f"{copy}.csv").unlink(missing_ok=True)
-        write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
-        kept = runs.folder(manifest["name"])
-        if (kept / "history.csv").exists() and same_file(manifest, kept / "run.json"):
-            write_file(f"{copy}.csv", (kept / "history.csv").read_bytes())
-    head = [f"# {title}", f"Scale: `{scale}`.", *([QUICK] if scale == "quick" else [])]
+        copy_run(folder, manifest)
+    history = folder / "history" / f"{name}.md"
+    tried = [f"[What was tried before]({history.relative_to(folder)})."] * history.exists()
     foot = ["## Where the numbers come from", "\n".join(map(provenance, used)), FOOT]
-    path = write_file(folder / f"{name}.md", "\n\n".join([*head, body, *foot]))
+    text = "\n\n".join([f"# {title}", *parts, *tried, *foot])
+    path = write_file(folder / f"{name}.md", text)
     write_index(folder)
     return path
+
+
+def copy_run(folder: Path, manifest: dict) -> None:
+    """Write a run's manifest into `folder/runs`, with its history if it was trained here."""
+    legal_name("run", manifest["name"])  # a manifest of another's could lead elsewhere
+    copy = folder / "runs" / manifest["name"]
+    same = same_file(manifest, Path(f"{copy}.json"))
+    if not same and runs.is_recorded(manifest["name"]) and folder == recorded_folder():
+        advice = "rename this one, or delete the recorded one"
+        raise WorkbookError(f"{manifest['name']} was recorded from another training; {advice}")
+    if same:  # what the recorded one has besides stays
+        manifest = runs.read_manifest(Path(f"{copy}.json")) | manifest
+    else:
+        Path(f"{copy}.csv").unlink(missing_ok=True)
+    write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")
+    kept = runs.folder(manifest["name"])
+    if (kept / "history.csv").exists() and same_file(manifest, kept / "run.json"):
+        write_file(f"{copy}.csv", (kept / "history.csv").read_bytes())
 
 
 def same_run(manifest: dict, other: dict) -> bool:

@@ -111,7 +111,7 @@ def test_53_a_name_is_no_path(places, run, name):
         with pytest.raises(WorkbookError, match="not legal; give letters"):
             runs.folder(name)
     with pytest.raises(WorkbookError, match="not legal; give letters"):
-        report.write_report("lab", "quick", "Title", ["text"], {}, [run.manifest | dict(name=name)])
+        report.write_report(places / "out", "lab", "Title", ["text"], [run.manifest | dict(name=name)])
     assert not list(places.rglob("evil*"))
 
 
@@ -333,7 +333,7 @@ def test_16_a_damaged_manifest_is_left_out_of_the_index(run, places, capsys, con
     for ask in (runs.load_manifest, lambda run: runs.save_result(run, test=1)):
         with pytest.raises(WorkbookError, match="run.json is damaged"):
             ask(runs.folder("one"))
-    report.write_report("lab", "quick", "Title", ["text"], {}, [run.manifest])
+    report.write_report(places / "out", "lab", "Title", ["text"], [run.manifest])
 
 
 SPOILT = [dict(spec={}), dict(spec=None), dict(spec=[1])]

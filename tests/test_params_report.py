@@ -4,55 +4,12 @@ import dataclasses
 import json
 import types
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, WorkbookError, evaluate, params, report, runs
+from common import WorkbookError, evaluate, report, runs
 from common.config import TrainConfig
-
-RULES = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1), epochs=params.optional(params.whole(1)))
-GOOD = dict(scale="quick", ratio=0.5, epochs=None)
-
-
-def test_legal_parameters_pass():
-    params.check(GOOD, **RULES)
-    params.check(GOOD | dict(epochs=3, ratio=0), **RULES)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    ({"ratio": 1}, {"ratio": 1.5}, {"ratio": -0.1}, {"ratio": float("nan")}, {"ratio": "50%"}, {"ratio": "0,5"}, {"ratio": True},
-     {"scale": "quik"}, {"scale": 1}, {"epochs": 0}, {"epochs": 2.5}, {"epochs": "true"}, {"epochs": [1, 2]}),
-)  # fmt: skip
-def test_illegal_values_are_named(wrong):
-    with pytest.raises(WorkbookError, match=next(iter(wrong))) as caught:
-        params.check(GOOD | wrong, **RULES)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_names_get_the_nearest():
-    cells = ["", "ratio: float = 0.5", "# Parameters\nratoi = 0.7\n"]
-    with pytest.raises(WorkbookError, match=r"unknown parameter 'ratoi' \(did you mean 'ratio'\?\)"):
-        params.check(GOOD | dict(In=cells, ratoi=0.7), **RULES)
-
-
-def test_names_of_the_notebook_itself_are_not_parameters():
-    params.check(GOOD | dict(In=["x = 3", "# Parameters\nratio = 0.5"], x=3), **RULES)
-
-
-def test_a_mapping_names_its_unknown_keys():
-    rule = params.optional(params.mapping(("lr", "momentum")))
-    rule("more", None), rule("more", {"lr": 1})
-    with pytest.raises(WorkbookError, match="unknown key of more 'momentun'.*did you mean 'momentum'"):
-        rule("more", {"momentun": 0.9})
-    with pytest.raises(WorkbookError, match="give a mapping, with papermill as -y"):
-        rule("more", "lr=1")
-
-
-def test_settings_take_overrides():
-    assert params.settings({"quick": dict(a=1, b=2)}, "quick", a=None, b=5) == dict(a=1, b=5)
 
 
 def test_table_marks_what_was_not_run():
@@ -74,19 +31,18 @@ def manifest():
     )
 
 
-def test_quick_reports_never_touch_committed_ones(manifest, tmp_path, monkeypatch):
+def test_a_report_has_the_manifests_and_curves_of_its_runs(manifest, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(params, "standard", True)
-    figure = plt.subplots()[0]
     report.write_file(tmp_path / "run" / "history.csv", "epoch,val_accuracy\n1,0.5\n")
     report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest))
-    path = report.write_report("lab", "quick", "Title", ["text ![](plot)"], dict(plot=figure), [manifest])
-    assert path.is_relative_to(tmp_path) and "quick" in path.read_text()
-    assert (path.parent / "figures" / "lab_plot.png").stat().st_size > 1000
+    path = report.write_report(tmp_path / "out", "lab", "Title", ["text"], [manifest])
+    assert "# Title" in path.read_text() and "text" in path.read_text() and "`run`: 3 epochs" in path.read_text()
     assert json.loads((path.parent / "runs" / "run.json").read_text()) == manifest
     assert (path.parent / "runs" / "run.csv").read_text() == "epoch,val_accuracy\n1,0.5\n"
-    assert "run" in (path.parent / "README.md").read_text()
-    assert report.report_folder("laptop") == ROOT / "reports"
+    assert "run" in (path.parent / "README.md").read_text() and "before" not in path.read_text()
+    report.write_file(tmp_path / "out" / "history" / "lab.md", "# Tried")
+    path = report.write_report(tmp_path / "out", "lab", "Title", ["text"], [manifest])
+    assert "[What was tried before](history/lab.md)." in path.read_text()
 
 
 def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
@@ -94,12 +50,14 @@ def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     report.write_file(tmp_path / "run" / "history.csv", "epoch,val_accuracy\n1,0.5\n")
     report.write_file(tmp_path / "run" / "run.json", json.dumps(manifest | dict(seconds=61)))
-    path = report.write_report("lab", "quick", "Title", ["text"], {}, [manifest])
-    assert (path.parent / "runs" / "run.json").exists() and not (path.parent / "runs" / "run.csv").exists()
-    report.write_report("lab", "quick", "Title", ["text"], {}, [manifest | dict(seconds=61)])
-    assert (path.parent / "runs" / "run.csv").exists()
-    report.write_report("lab", "quick", "Title", ["text"], {}, [manifest])
-    assert not (path.parent / "runs" / "run.csv").exists(), "not that of an earlier report either"
+
+    def written(manifest):
+        path = report.write_report(tmp_path / "out", "lab", "Title", ["text"], [manifest])
+        return (path.parent / "runs" / "run.csv").exists()
+
+    assert not written(manifest)
+    assert written(manifest | dict(seconds=61))
+    assert not written(manifest), "not that of an earlier report either"
 
 
 def test_a_run_of_two_machines_names_both(manifest):
@@ -109,27 +67,8 @@ def test_a_run_of_two_machines_names_both(manifest):
 
 
 def test_columns_say_what_they_hold():
-    row = dict(lr=0.05, weight_decay=5e-4, minutes=3.5, seconds=12.34, loss=1.5, accuracy=0.5)
+    row = dict(lr=0.05, weight_decay=5e-4, minutes=3.5, seconds=12.34, val_loss=1.5, accuracy=0.5)
     assert [report.cell(*item) for item in row.items()] == ["0.05", "0.0005", "3.5", "12.3", "1.500", "50.00%"]
-
-
-def test_changed_settings_never_replace_the_standard_report(tmp_path, monkeypatch):
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    rules = dict(scale=params.one_of(params.SCALES), ratio=params.number(0, below=1))
-    for cell, folder in (("scale = 'laptop'", ROOT), ("scale = 'laptop'\nratio = 0.7", tmp_path), ("", tmp_path)):
-        params.check(dict(scale="laptop", ratio=0.5, In=["", f"# Parameters\n{cell}"]), **rules)
-        assert report.report_folder("laptop") == folder / "reports"
-    params.check(dict(scale="laptop", ratio=0.7, In=["# Parameters\nscale = 'laptop'\nratio = 0.7"]), ("ratio",), **rules)
-    assert params.standard
-    params.check(dict(scale="laptop", ratio=0.7, In=["scale: str = 'laptop'\nratio: float = 0.7"]), **rules)
-    assert not params.standard, "a cell edited by hand does not tell what was changed"
-
-
-def test_a_figure_that_is_not_shown_is_an_error(manifest, tmp_path, monkeypatch):
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    with pytest.raises(WorkbookError, match="plot"):
-        report.write_report("lab", "quick", "Title", ["text"], dict(plot=plt.figure()), [manifest])
-    assert not list(tmp_path.rglob("*.md"))
 
 
 def test_the_index_hides_validation_only_where_it_was_trained_on(manifest, tmp_path):

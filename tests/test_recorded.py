@@ -173,21 +173,19 @@ def test_recording_again_keeps_the_weights(once, small):
     assert same_weights(runs.load_model("once"), files.rounded(once.model))
 
 
-def test_no_report_replaces_a_record(once, small, monkeypatch):
+def test_no_report_replaces_a_record(once, small):
     """Another training of that name may be reported elsewhere, but not over the recorded one."""
     own = fit(network(small), small, CONFIG, runs.folder("once"), retrain=True)
-    monkeypatch.setattr(report, "report_folder", lambda scale: report.recorded_folder())
     with pytest.raises(WorkbookError, match="once was recorded from another training; rename this one"):
-        report.write_report("lab", "laptop", "Title", ["text"], {}, [own.manifest])
+        report.write_report(report.recorded_folder(), "lab", "Title", ["text"], [own.manifest])
     assert runs.is_recorded("once")
 
 
-def test_a_report_keeps_what_was_recorded(places, small, monkeypatch):
+def test_a_report_keeps_what_was_recorded(places, small):
     """The manifest that a notebook holds may be older than the record."""
     own = fit(network(small), small, CONFIG, runs.folder("once"))
     report.record("once", small, weights=True)
-    monkeypatch.setattr(report, "report_folder", lambda scale: report.recorded_folder())
-    report.write_report("lab", "laptop", "Title", ["text"], {}, [own.manifest])
+    report.write_report(report.recorded_folder(), "lab", "Title", ["text"], [own.manifest])
     shutil.rmtree(runs.folder("once"))
     assert runs.is_recorded("once") and runs.load_model("once")
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from common import ROOT, report
+from common import ROOT, config, report
 
 READMES = [ROOT / folder / "README.md" for folder in (".", "Lab1", "Lab2", "Assignment_MobileNet", "common")]
 REPORTS = sorted((ROOT / "reports").glob("*.md")) + READMES
@@ -92,3 +92,14 @@ def test_provenance_is_that_of_the_manifest(path):
             f"commit `{manifest['commit']}`",
         ):
             assert part in line
+
+
+def test_every_run_beside_the_reports_is_named_somewhere():
+    """By a report, a lesson, a comparison or a study; others belong into `reports/runs/earlier/`."""
+    places = [*(ROOT / "reports").glob("l*.md"), *(ROOT / "reports").glob("a*.md"), ROOT / "reports" / "published.json"]
+    places += [*(ROOT / "reports" / "history").glob("*.md"), *ROOT.glob("Lab?/*.ipynb"), *ROOT.glob("Assignment*/*.ipynb")]
+    text = "\n".join(path.read_text() for path in places)
+    studies = [config.read_study(path) for path in ROOT.glob("*/*.yaml") if path.name.startswith(("study", "experiment"))]
+    planned = {f"{study.name}-{key.replace('/', '-')}" for study in studies for key in study.runs}
+    names = {path.stem for path in (ROOT / "reports" / "runs").glob("*.json")} - planned
+    assert names and not [name for name in names if not re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)]
