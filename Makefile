@@ -33,9 +33,11 @@ lab2: $(VENV)/installed
 assignment: $(VENV)/installed
 	@$(call run,Assignment_MobileNet,hyperparameter_study)
 
-# Only this writes to reports/: all lessons, with the settings of a real scale.
+# Only this writes to reports/: all lessons as committed, with the settings of a real scale.
+report: SCALE = laptop
 report: $(VENV)/installed
-	WORKBOOK_REPORT=1 $(MAKE) --no-print-directory lab1 lab2 assignment SCALE=$(if $(filter quick,$(SCALE)),laptop,$(SCALE))
+	git diff --quiet HEAD -- Lab1 Lab2 Assignment_MobileNet common || { echo "commit or undo your changes first"; exit 1; }
+	WORKBOOK_REPORT=1 $(MAKE) --no-print-directory lab1 lab2 assignment SCALE=$(SCALE)
 
 define run
 	mkdir -p "$(RUNS_DIR)/notebooks"; \

@@ -8,71 +8,55 @@ import ast
 import itertools
 import json
 import os
+import textwrap
 import types
 from pathlib import Path
 from typing import get_type_hints
 
 from IPython.display import Markdown, display
 
-from common import ROOT, choose, measure, plots, report, runs, write_file
+from common import ROOT, WorkbookError, choose, measure, plots, report, runs
 from common.config import FIELDS, TrainConfig
 from common.models import KINDS, MODELS
-from common.params import (
-    SCALES,
-    mapping,
-    name,
-    number,
-    one_of,
-    optional,
-    read_yaml,
-    switch,
-    text,
-    whole,
-)
+from common.params import SCALES, mapping, name, number, one_of, read_yaml, switch, text, whole
 from common.slimming import CRITERIA, SCOPES
 
-COUNT = optional(whole(1))
-SEVERAL = optional(whole(2))
-TEXT = optional(text)
-SWITCH = optional(switch)
 RULES = {  # for parameters of notebooks; those that are fields of TrainConfig keep its rules
     "scale": one_of(SCALES),
-    "model": optional(one_of(MODELS)),
+    "model": one_of(MODELS),
     "ratio": number(0, below=1),
     "criterion": one_of(CRITERIA),
     "scope": one_of(SCOPES),
     "groups": one_of(KINDS),
-    "run": optional(name),
+    "run": name,
     "tta": whole(0, 2),
-    "muon_lr": optional(number(0)),
-    "dropout": optional(number(0, below=1)),
-    **dict.fromkeys(("width", "seeds", "every", "min_channels", "round_to"), COUNT),
-    **dict.fromkeys(("workers", "vgg_epochs"), COUNT),
-    **dict.fromkeys(("recalibrate", "sweep"), SEVERAL),
-    **dict.fromkeys(("strength", "final", "test_file", "submission", "picture"), TEXT),
-    **dict.fromkeys(("checkpoint", "storage"), TEXT),
-    **dict.fromkeys(("kaiming", "ladder", "faster", "everything", "ablation"), SWITCH),
-    **dict.fromkeys(("usual", "compare", "control", "retrain", "train"), SWITCH),
+    "muon_lr": number(0),
+    "dropout": number(0, below=1),
+    **dict.fromkeys(("width", "seeds", "every", "min_channels", "round_to"), whole(1)),
+    **dict.fromkeys(("workers", "vgg_epochs"), whole(1)),
+    **dict.fromkeys(("recalibrate", "sweep"), whole(2)),
+    **dict.fromkeys(("strength", "final", "test_file", "submission", "picture"), text),
+    **dict.fromkeys(("checkpoint", "storage"), text),
+    **dict.fromkeys(("kaiming", "ladder", "faster", "everything", "ablation"), switch),
+    **dict.fromkeys(("usual", "compare", "control", "retrain", "train"), switch),
 }
-HOW = {"storage", "workers", "retrain", "train"}  # parameters that change no number
+HOW = {"scale", "storage", "workers", "retrain", "train"}  # these change no number of a scale
+HIDDEN = {"scale", "minutes", "report", "storage"}  # a storage may hold a password
+now = None  # the lesson that is open
 
 
 class Settings(types.SimpleNamespace):
     """Settings of a lesson as attributes: a row of settings.yaml, with parameters in place."""
 
     def config(self, **changes) -> TrainConfig:
-        """The `TrainConfig` of these settings, with changes."""
+        """The `TrainConfig` of these settings, with changes; None takes its default."""
         told = {key: value for key, value in vars(self).items() if key in FIELDS} | changes
-        lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
-        return TrainConfig(**{key: v for key, v in (told | lists).items() if v is not None})
+        told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+        return TrainConfig(**{key: value for key, value in told.items() if value is not None})
 
     def folder(self, what: str) -> Path:
         """The folder of one of the lesson's runs."""
         return runs.folder(f"{self.run}-{what}")
-
-
-class Lesson(types.SimpleNamespace):
-    """The lesson that is open: its name, title, settings, and `sections` of what was shown."""
 
 
 def start(lesson: str, namespace: dict) -> Settings:
@@ -84,10 +68,10 @@ def start(lesson: str, namespace: dict) -> Settings:
     """
     lab, about = find(lesson)
     defaults = parameters(lab / f"{lesson}.ipynb")
-    for given in injected(namespace):
-        choose("parameter", given, defaults)
-    given = {key: namespace[key] for key in defaults}
-    check(given)
+    for key in injected(namespace):
+        choose("parameter", key, defaults)
+    given = {key: namespace.get(key, defaults[key]) for key in defaults}
+    check(given, defaults)
     row, scale = about[given["scale"]], given["scale"]
     row = row | row.get("other", {}).get(given.get("model"), {})  # of a network that is not its own
     prefix = about.get("runs", {}).get(scale, f"{lab.name.lower()}-{scale}")
@@ -96,81 +80,99 @@ def start(lesson: str, namespace: dict) -> Settings:
     told |= given.get("more") or {}
     told |= dict(run=given.get("run") or prefix, report=about["report"])
     settings = Settings(**told)
-    if told.get("epochs"):
-        settings.config()  # checked before anything is trained
-    changed = [key for key in defaults if given[key] != defaults[key] and key != "scale"]
-    heads = dict(title=about["title"], sections={}, section="")
-    Lesson.now = Lesson(name=lesson, settings=settings, changed=changed, **heads)
-    display(Markdown(overview(settings, row["minutes"])))
+    settings.config(
+        **{} if told.get("epochs") else dict(epochs=1, warmup=0)
+    )  # before anything runs
+    changed = [key for key in defaults if given[key] != defaults[key] and key not in HOW]
+    global now
+    now = types.SimpleNamespace(title=about["title"], settings=settings, changed=changed)
+    now.shown, now.section = {}, ""
+    display(Markdown(overview(settings)))
     return settings
 
 
 def find(lesson: str) -> tuple:
     """The folder of a lesson, and what the settings.yaml there says about it."""
-    tables = {path.parent: read_yaml(path) for path in sorted(ROOT.glob("*/settings.yaml"))}
-    labs = {key: (lab, table) for lab, table in tables.items() for key in table}
-    lab, table = labs[choose("lesson", lesson, labs)]
-    return lab, table[lesson]
+    labs = {}
+    for path in sorted(ROOT.glob("*/settings.yaml")):
+        for key, about in read_yaml(path).items():
+            if key in labs:
+                raise WorkbookError(f"{path} and {labs[key][0]} both have {key!r}; remove one")
+            labs[key] = path.parent, about
+    return labs[choose("lesson", lesson, labs)]
 
 
 def parameters(path: Path) -> dict:
-    """Name → default of the parameters of a notebook, from its cell with that tag."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-    statements = ast.parse("".join(tagged[0]["source"])).body
-    return {node.target.id: ast.literal_eval(node.value) for node in statements}
+    """Name → default of the parameters of a notebook, from its cell with that tag.
+
+    It is read from the file: a default that was edited and saved is the lesson's own.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        statements = ast.parse("".join(tagged[0]["source"])).body
+        return {node.target.id: ast.literal_eval(node.value) for node in statements}
+    except (OSError, ValueError, LookupError, AttributeError, SyntaxError):
+        problem = f"the parameters cell of {path} cannot be read"
+        advice = "keep one `name: type = value` a line, or restore the file (git checkout)"
+        raise WorkbookError(f"{problem}; {advice}") from None
 
 
 def injected(namespace: dict) -> list:
     """Names assigned by papermill, in a cell of its own that starts with "# Parameters"."""
-    cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters")]
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     statements = [node for cell in cells for node in ast.parse(cell).body]
-    assignments = [node for node in statements if isinstance(node, ast.Assign)]
-    targets = [target for node in assignments for target in node.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    return [node.targets[0].id for node in statements if isinstance(node, ast.Assign)]
 
 
-def check(given: dict) -> None:
-    """Check parameters: None, where it may be, says "as settings.yaml has it"."""
+def check(given: dict, defaults: dict) -> None:
+    """Check parameters; None is legal where it is the default: "as settings.yaml has it"."""
     fields = get_type_hints(TrainConfig, include_extras=True)
     seeds = {"seed"} if "seeds" in given else set()  # they are counted there
-    more = optional(mapping([field for field in FIELDS if field not in seeds]))
+    own = RULES | dict(more=mapping([field for field in FIELDS if field not in seeds]))
     for key, value in given.items():
-        rules = [more] if key == "more" else [RULES[key]] if key in RULES else []
-        rules = rules or [optional(rule) for rule in fields[key].__metadata__]
-        for rule in rules:
+        rules = [own[key]] if key in own else fields[key].__metadata__
+        for rule in rules if value is not None or defaults[key] is not None else ():
+            rule(key, value)
+    for key, value in (given.get("more") or {}).items():
+        for rule in fields[key].__metadata__:
             rule(key, value)
 
 
-def overview(settings: Settings, minutes) -> str:
-    """Scale, expected minutes, machine, and a table of settings: Markdown."""
-    machine = report.device_of(measure.machine())
-    head = f"Scale **{settings.scale}**, about {minutes} min. This machine: {machine}."
-    plain = {k: v for k, v in vars(settings).items() if v is not None and not isinstance(v, dict)}
-    hidden = ("scale", "minutes", "report")
-    cells = [f"`{key}` | {setting(v)}" for key, v in plain.items() if key not in hidden]
+def overview(settings: Settings) -> str:
+    """Scale, expected time, machine, and a table of settings: Markdown."""
+    machine, time = report.device_of(measure.machine()), settings.minutes
+    time = time if isinstance(time, str) else f"{time} min"
+    told = {key: v for key, v in vars(settings).items() if key not in HIDDEN and v is not None}
+    cells = [f"`{key}` | {setting(value)}" for key, value in told.items()]
     half = -(-len(cells) // 2)
     pairs = itertools.zip_longest(cells[:half], cells[half:], fillvalue=" | ")
     lines = [f"| {left} | {right} |" for left, right in pairs]
     table = ["| setting | value | setting | value |", "|---|---|---|---|", *lines]
+    head = f"Scale **{settings.scale}**, expected time: {time}. This machine: {machine}."
     return f"{head} Runs are kept in `{runs.folder()}`.\n\n" + "\n".join(table)
 
 
 def setting(value) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    """A value as a cell of the table; long ones are cut."""
+    if isinstance(value, dict):
+        value = [f"{key}={setting(inner)}" for key, inner in value.items()]
+    words = " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    return textwrap.shorten(words, 60, placeholder=" …")
 
 
 def figure(key: str, ax, alt: str) -> None:
     """Show an axes' figure, or a figure, and keep it; `alt` says what is to be seen in it."""
+    name("figure", key)
     picture = plots.picture(ax, alt)
     display(picture)
-    _keep(None, key, picture)
+    _keep(("figure", key), picture)
 
 
 def live(key: str) -> plots.Live:
     """An `on_epoch` hook that draws both accuracies; its last picture is kept."""
     hook = plots.Live()
-    _keep(None, key, hook)
+    _keep(("figure", key), hook)
     return hook
 
 
@@ -178,60 +180,61 @@ def table(heading: str, rows: list) -> None:
     """Show rows (see `report.table`) as a table, and keep it under a heading."""
     shown = report.table(rows)
     display(Markdown(shown))
-    _keep(heading, "table", shown)
+    _keep(("table", heading), shown, heading)
 
 
 def say(heading: str, sentence: str) -> None:
     """Show a sentence (Markdown), and keep it under a heading; "Result" comes first."""
     display(Markdown(sentence))
-    _keep(heading, "text", sentence)
+    _keep(("text", heading), sentence, heading)
 
 
-def _keep(heading, key, what):
-    """Keep something shown, in the place where it was before, or in the section that is open."""
-    now = Lesson.now
-    if heading is not None:
-        now.section = heading
-    sections = now.sections.values() if heading is None else ()
-    place = next((section for section in sections if key in section), None)
-    if place is None:
-        place = now.sections.setdefault(now.section, {})
-    place[key] = what
+def _keep(key: tuple, what, heading: str | None = None) -> None:
+    """Keep what is shown, in the section where it was before, or in the one that is open."""
+    _refuse_closed()
+    now.section = now.section if heading is None else heading
+    now.shown[key] = (now.shown.get(key, (now.section,))[0], what)
 
 
-def finish(*used) -> Path:
-    """Write the report of what was shown; `used`: the runs that the numbers come from.
+def _refuse_closed() -> None:
+    if now is None:
+        raise WorkbookError("no lesson is open; run the cell with lesson.start first")
 
-    Returns its path: in `reports/` if WORKBOOK_REPORT is 1 (`make report`), the scale is not quick
-    and no parameter was changed; else in `runs/reports/`.
-    """
-    now, settings = Lesson.now, Lesson.now.settings
-    real = settings.scale != "quick" and not set(now.changed) - HOW
+
+def folder() -> Path:
+    """Where the report goes: to `reports/` if WORKBOOK_REPORT is 1 (`make report`), the scale is
+    not quick and no parameter was changed; else to `runs/reports/`."""
+    real = now.settings.scale != "quick" and not now.changed
     asked = os.environ.get("WORKBOOK_REPORT") == "1"
-    folder = report.recorded_folder() if asked and real else runs.folder("reports")
+    return report.recorded_folder() if asked and real else runs.folder("reports")
+
+
+def finish(*used) -> None:
+    """Write the report of what was shown; `used`: the runs that the numbers come from."""
+    _refuse_closed()
+    settings, pictures = now.settings, {}
     head = f"Scale: `{settings.scale}`."
     if settings.scale == "quick":
         head = "A **quick** run on the embedded sample: it shows that everything works, no more."
     if now.changed:
         head += f" Changed: {', '.join(f'{key}={vars(settings)[key]}' for key in now.changed)}."
-    order = sorted(now.sections, key=lambda heading: heading != "Result")
-    parts = [head, *(_section(heading, folder) for heading in order)]
+    parts, sections = [head], dict.fromkeys(heading for heading, _ in now.shown.values())
+    for heading in sorted(sections, key=lambda heading: heading != "Result"):
+        parts += [f"## {heading}"] * bool(heading)
+        for (_, key), (section, what) in now.shown.items():
+            if section == heading:
+                parts.append(_as_markdown(key, what, pictures))
     manifests = [getattr(run, "manifest", run) for run in used]
-    path = report.write_report(folder, settings.report, now.title, parts, manifests)
+    path = report.write_report(folder(), settings.report, now.title, parts, manifests, pictures)
     print(f"report: {path}")
-    return path
 
 
-def _section(heading: str, folder: Path) -> str:
-    """Markdown of a section; its figures are written beside the report."""
-    lines = [f"## {heading}"] * bool(heading)
-    for key, what in Lesson.now.sections[heading].items():
-        if isinstance(what, str):
-            lines.append(what)
-            continue
-        picture = getattr(what, "picture", what)
-        path = write_file(
-            folder / "figures" / f"{Lesson.now.settings.report}_{key}.png", picture.data
-        )
-        lines.append(f"![{picture.alt}](figures/{path.name})")
-    return "\n\n".join(lines)
+def _as_markdown(key: str, what, pictures: dict) -> str:
+    """A part of the report; a picture's file goes to `pictures`, its text stands below it, too."""
+    if isinstance(what, str):
+        return what
+    picture = getattr(what, "picture", what)
+    if picture is None:  # of a training that did not come to an epoch
+        return ""
+    pictures[f"{now.settings.report}_{key}.png"] = picture.data
+    return f"![{picture.alt}](figures/{now.settings.report}_{key}.png)\n\n*{picture.alt}.*"

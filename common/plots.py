@@ -136,7 +136,7 @@ def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
     """A square tensor as colours (rows `ylabel`), with its numbers where there are ≤ 20 rows."""
     n = len(values)
     ax = _axes(ax, 5.5, 5)
-    picture = ax.imshow(values, cmap="Blues")
+    picture = ax.imshow(values, cmap="Blues", vmin=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if n > 20:
         ax.figure.colorbar(picture, ax=ax, shrink=0.8)

@@ -140,31 +140,39 @@ def processor(machine: dict) -> str:
     return f"{machine['cpu']} {machine.get('instructions', '')}".strip()
 
 
-def write_report(folder: Path, name: str, title: str, parts: list, used: list) -> Path:
-    """Write `<name>.md` of Markdown parts, and manifests and histories of the runs `used`.
+def write_report(folder, name: str, title: str, parts: list, used: list, pictures=()) -> Path:
+    """Write `<name>.md` of Markdown parts, its pictures, and what `runs/` keeps of the runs `used`.
 
-    Returns the report's path. Raises WorkbookError for a run whose name was recorded by another.
+    `pictures`: file names → PNG. Returns the report's path. Raises WorkbookError, and writes
+    nothing, for a run whose name was recorded by another.
     """
+    legal_name("report", name)
+    for manifest in used:
+        refuse_other(folder, manifest)
     for manifest in used:
         copy_run(folder, manifest)
-    history = folder / "history" / f"{name}.md"
-    tried = [f"[What was tried before]({history.relative_to(folder)})."] * history.exists()
+    for file, data in dict(pictures).items():
+        write_file(folder / "figures" / file, data)
+    history = f"history/{name}.md"
+    tried = [f"[What was tried before]({history})."] * (folder / history).exists()
     foot = ["## Where the numbers come from", "\n".join(map(provenance, used)), FOOT]
-    text = "\n\n".join([f"# {title}", *parts, *tried, *foot])
-    path = write_file(folder / f"{name}.md", text)
+    path = write_file(folder / f"{name}.md", "\n\n".join([f"# {title}", *parts, *tried, *foot]))
     write_index(folder)
     return path
 
 
-def copy_run(folder: Path, manifest: dict) -> None:
-    """Write a run's manifest into `folder/runs`, with its history if it was trained here."""
+def refuse_other(folder: Path, manifest: dict) -> None:
     legal_name("run", manifest["name"])  # a manifest of another's could lead elsewhere
-    copy = folder / "runs" / manifest["name"]
-    same = same_file(manifest, Path(f"{copy}.json"))
+    same = same_file(manifest, folder / "runs" / f"{manifest['name']}.json")
     if not same and runs.is_recorded(manifest["name"]) and folder == recorded_folder():
         advice = "rename this one, or delete the recorded one"
         raise WorkbookError(f"{manifest['name']} was recorded from another training; {advice}")
-    if same:  # what the recorded one has besides stays
+
+
+def copy_run(folder: Path, manifest: dict) -> None:
+    """Write a run's manifest into `folder/runs`, with its history if it was trained here."""
+    copy = folder / "runs" / manifest["name"]
+    if same_file(manifest, Path(f"{copy}.json")):  # what the recorded one has besides stays
         manifest = runs.read_manifest(Path(f"{copy}.json")) | manifest
     else:
         Path(f"{copy}.csv").unlink(missing_ok=True)

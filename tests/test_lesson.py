@@ -1,26 +1,38 @@
 """How a lesson starts and what it leaves: parameters, settings, what was shown, the report."""
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import pytest
 
-from common import ROOT, WorkbookError, config, lesson, plots
+from common import ROOT, WorkbookError, config, lesson, plots, report
 
 CELL = """scale: str = "quick"  # "quick", "laptop" or "full"
 ratio: float = 0.5
 epochs: int = None
 seed: int = 0
+model: str = None
+storage: str = None
+retrain: bool = None
+augment: list = None
+lam: float = None
 more: dict = None
 run: str = None
 """
 ROWS = """
+other:
+  title: Other
+  report: other_report
+  quick: &row {minutes: 1, epochs: 3, batch_size: 50, augment: [flip], lam: 0.25}
+  laptop: *row
+  full: *row
 toy:
   title: Toy
   report: toy_report
   runs: {laptop: toys}
-  quick: &row {minutes: 1, epochs: 3, batch_size: 50, augment: [flip]}
-  laptop: {<<: *row, minutes: 2, epochs: 9}
+  quick: *row
+  laptop: {<<: *row, minutes: 2 to 3 hours, epochs: 9, other: {vgg16: {batch_size: 70}}}
   full: *row
 """
 
@@ -44,12 +56,28 @@ def start(places, monkeypatch):
     return run
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """What a lesson displays, in order."""
+    shown = []
+    monkeypatch.setattr(lesson, "display", shown.append)
+    return shown
+
+
 def test_settings_are_the_row_of_the_scale_then_parameters_then_more(start):
     assert (start().epochs, start().batch_size, start().run) == (3, 50, "lab-quick")
+    assert start(scale="laptop").epochs == 9
     s = start(scale="laptop", epochs=5)
     assert (s.epochs, s.run, s.folder("main").name) == (5, "toys", "toys-main")
     assert start(more={"epochs": 7, "momentum": 0.5}).config().momentum == 0.5
-    assert start(run="mine").run == "mine"
+    assert start(more={"epochs": 7}).epochs == 7 and start(run="mine").run == "mine"
+    assert (start(lam=0).lam, start(augment=[]).augment, start().lam) == (0, [], 0.25)
+
+
+def test_another_network_may_have_settings_of_its_own(start):
+    assert start(scale="laptop").batch_size == start(scale="laptop", model="resnet17").batch_size == 50
+    s = start(scale="laptop", model="vgg16")
+    assert s.batch_size == 70 and start(scale="laptop", model="vgg16", more={"batch_size": 5}).batch_size == 5
 
 
 def test_the_config_is_that_of_the_settings_with_changes(start):
@@ -59,11 +87,22 @@ def test_the_config_is_that_of_the_settings_with_changes(start):
     assert start().config(patience=None).patience is None
 
 
+def test_the_first_cell_shows_the_settings_that_count(start, seen, places):
+    start(scale="laptop", lam=0.125, more={"momentum": 0.7}, storage="postgresql://me:secret@db/x")
+    text = seen[0].data
+    for part in ("**laptop**", "2 to 3 hours", "`lam` | 0.125", "`momentum` | 0.7", "`epochs` | 9", "`augment` | flip"):
+        assert part in text
+    assert str(places / "runs") in text and "threads" in text and "secret" not in text and "None" not in text
+    start()
+    assert "expected time: 1 min" in seen[1].data and "`epochs` | 3" in seen[1].data
+
+
 @pytest.mark.parametrize(
     "wrong",
     ({"ratio": 1}, {"ratio": 1.5}, {"ratio": -0.1}, {"ratio": float("nan")}, {"ratio": "50%"}, {"ratio": "0,5"}, {"ratio": True},
      {"scale": "quik"}, {"scale": 1}, {"epochs": 0}, {"epochs": 2.5}, {"epochs": "true"}, {"epochs": [1, 2]},
-     {"seed": 2**40}, {"run": "../x"}, {"more": {"momentun": 1}}, {"more": "lr=1"}, {"ratoi": 0.7}),
+     {"seed": 2**40}, {"seed": None}, {"scale": None}, {"run": "../x"}, {"model": "vgg"},
+     {"more": {"momentun": 1}}, {"more": "lr=1"}, {"ratoi": 0.7}),
 )  # fmt: skip
 def test_illegal_values_are_named(start, wrong):
     with pytest.raises(WorkbookError, match=next(iter(wrong))) as caught:
@@ -78,9 +117,34 @@ def test_unknown_names_get_the_nearest(start):
         lesson.start("tow", {})
 
 
+@pytest.mark.parametrize("cell", ("epochs = 3", "print(1)", "x: int = 1 / 2", "x: int = (", None))
+def test_a_parameters_cell_that_cannot_be_read_is_one_line(start, places, cell):
+    content = dict(cells=[dict(cell_type="code", metadata=dict(tags=["parameters"]), source=[cell or ""])])
+    (places / "Lab" / "toy.ipynb").write_text(json.dumps(content)[: None if cell else 20])
+    with pytest.raises(WorkbookError, match="^[^\n]*toy.ipynb cannot be read[^\n]*git checkout[^\n]*$"):
+        start()
+
+
+def test_two_folders_with_one_lesson_are_refused(start, places):
+    (places / "Lab copy").mkdir()
+    (places / "Lab copy" / "settings.yaml").write_text(ROWS)
+    with pytest.raises(WorkbookError, match="both have 'other'; remove one"):
+        start()
+
+
+def test_without_a_start_nothing_is_shown_or_reported(start, monkeypatch):
+    monkeypatch.setattr(lesson, "now", None)
+    for call in (lesson.finish, lambda: lesson.say("Result", "x")):
+        with pytest.raises(WorkbookError, match="run the cell with lesson.start first"):
+            call()
+
+
 def test_settings_that_contradict_each_other_end_before_anything_runs(start):
     with pytest.raises(WorkbookError, match="warmup=5 fills epochs=3"):
         start(more={"warmup": 5})
+    for key, value in (("momentum", 5), ("lr", None)):
+        with pytest.raises(WorkbookError, match=f"{key}={value} is not legal"):
+            start(more={key: value})
 
 
 def test_nothing_is_changed_in_place(start):
@@ -104,22 +168,58 @@ def axes(value):
     return ax
 
 
-def test_what_is_shown_is_what_is_reported_in_order_with_the_result_first(start, manifest, places):
+def test_what_is_shown_is_what_is_reported_in_order_with_the_result_first(start, manifest, places, seen):
     start()
     lesson.figure("first", axes(1), "A line that rises")
-    lesson.table("Sizes", [dict(network="a", params=1000)])
+    lesson.table("Sizes", [dict(network="a", params=1000), dict(network="b", params=2000)])
+    lesson.say("Sizes", "Two networks.")
     lesson.say("Result", "It is 5.")
     lesson.say("Result", "It is 6.")  # the cell was run again
     lesson.figure("first", axes(2), "A line that rises")
     live = lesson.live("curve")
     live(dict(epoch=1, train_accuracy=0.1, val_accuracy=0.2))
-    lesson.finish(manifest)
+    lesson.live("never")
+    other = dict(manifest.manifest, name="second")
+    lesson.finish(manifest, other)
     text = (places / "runs" / "reports" / "toy_report.md").read_text()
-    order = ["# Toy", "## Result", "It is 6.", "figures/toy_report_curve.png", "A line that rises", "## Sizes", "1,000", "`own`"]
+    assert "quick" in text.splitlines()[2] and "Changed" not in text
+    order = [
+        "# Toy",
+        "## Result",
+        "It is 6.",
+        "toy_report_curve.png",
+        "*A line that rises.*",
+        "## Sizes",
+        "1,000",
+        "2,000",
+        "Two networks.",
+    ]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
-    assert "It is 5." not in text and text.count("figures/toy_report_first.png") == 1
+    assert "It is 5." not in text and text.count("toy_report_first.png") == 1 and "never" not in text
+    assert [text.count(f"- `{name}`: 1 epochs") for name in ("own", "second")] == [1, 1]
     assert len(list((places / "runs" / "reports" / "figures").glob("*.png"))) == 2
-    assert (places / "runs" / "reports" / "runs" / "own.json").exists()
+    shown = [getattr(what, "data", what) for what in seen]
+    assert sum("1,000" in str(what) for what in shown) == 1 and "It is 5." in shown and "Two networks." in shown
+    assert sum(isinstance(what, bytes) for what in shown) == 2
+
+
+def test_a_refused_report_writes_nothing(start, manifest, places, small, monkeypatch):
+    """A run whose name was recorded by another training stops the whole report."""
+    report.record("own", small)
+    monkeypatch.setenv("WORKBOOK_REPORT", "1")
+    start(scale="laptop")
+    lesson.figure("first", axes(1), "A line")
+    before = {path for path in places.rglob("*") if path.is_file()}
+    with pytest.raises(WorkbookError, match="own was recorded from another training"):
+        lesson.finish(dict(manifest.manifest, name="new"), dict(manifest.manifest, seconds=1.0))
+    assert {path for path in places.rglob("*") if path.is_file()} == before
+
+
+def test_a_figure_is_a_name(start):
+    start()
+    with pytest.raises(WorkbookError, match="figure='../x' is not legal"):
+        lesson.figure("../x", axes(1), "A line")
+    plt.close("all")
 
 
 def test_a_picture_has_words(start):
@@ -128,11 +228,16 @@ def test_a_picture_has_words(start):
     assert picture.data[:4] == b"\x89PNG" and not plt.get_fignums()
 
 
+MINE = (("1", dict(scale="laptop")), ("1", dict(scale="laptop", ratio=0.5)), ("1", dict(scale="laptop", retrain=True)),
+        ("1", dict(scale="laptop", storage="postgresql://me:secret@db/x")))  # fmt: skip
+OTHERS = (("1", dict()), ("0", dict(scale="laptop")), (None, dict(scale="laptop")))
+CHANGED = (dict(ratio=0.7), dict(epochs=2), dict(seed=1), dict(more={"momentum": 0.5}), dict(model="vgg16"), dict(run="x"))
+
+
 @pytest.mark.parametrize(
     "asked,given,where",
-    (("1", dict(scale="laptop"), "reports"), ("1", dict(), "runs/reports"), ("0", dict(scale="laptop"), "runs/reports"),
-     (None, dict(scale="laptop"), "runs/reports"), ("1", dict(scale="laptop", ratio=0.7), "runs/reports"),
-     ("1", dict(scale="laptop", ratio=0.5), "reports")),
+    [(*case, "reports") for case in MINE] + [(*case, "runs/reports") for case in OTHERS]
+    + [("1", dict(scale="laptop", **case), "runs/reports") for case in CHANGED],
 )  # fmt: skip
 def test_only_make_report_writes_to_reports_and_only_with_the_settings_of_a_scale(
     start, manifest, places, monkeypatch, asked, given, where
@@ -143,15 +248,36 @@ def test_only_make_report_writes_to_reports_and_only_with_the_settings_of_a_scal
     lesson.finish(manifest)
     assert [path.parent for path in places.rglob("toy_report.md")] == [places / where]
     text = (places / where / "toy_report.md").read_text()
-    assert ("Changed: ratio=0.7" in text) == (given.get("ratio") == 0.7)
+    changed = [key for key in given if f"{key}=" in text.split("##")[0]]
+    assert changed == [key for case in CHANGED for key in case if given.get(key) == case[key]] and "secret" not in text
 
 
 def test_every_parameter_of_the_notebooks_has_a_rule_and_a_legal_default():
     found = 0
     for folder in ("Lab1", "Lab2", "Assignment_MobileNet"):
         for path in sorted((ROOT / folder).glob("*.ipynb")):
-            lesson.check(lesson.parameters(path))
+            defaults = lesson.parameters(path)
+            lesson.check(defaults, defaults)
             lab, about = lesson.find(path.stem)
             assert lab == path.parent and {"quick", "laptop", "full", "title", "report"} <= set(about)
             found += 1
     assert found == 9
+
+
+@pytest.mark.parametrize("lab", ("Lab1", "Lab2", "Assignment_MobileNet"))
+def test_no_setting_is_written_in_vain(lab):
+    """Each is a field of TrainConfig, a parameter, or read by its lesson as `s.key`."""
+    for name, about in lesson.read_yaml(ROOT / lab / "settings.yaml").items():
+        path = ROOT / lab / f"{name}.ipynb"
+        text, known = path.read_text(), {*config.FIELDS, *lesson.parameters(path), "minutes", "other"}
+        keys = {key for scale in ("quick", "laptop", "full") for key in about[scale]}
+        assert not [key for key in keys - known if f"s.{key}" not in text]
+
+
+@pytest.mark.parametrize("path", [path for lab in ("Lab1", "Lab2", "Assign*") for path in ROOT.glob(f"{lab}/*.ipynb")])
+def test_nothing_shown_in_two_cells_has_one_name(path):
+    """The second would take the place of the first in the report."""
+    code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    calls = [set(re.findall(r"lesson\.(figure|table|say|live)\(\s*\"([^\"]+)", source)) for source in code]
+    names = [("figure" if kind == "live" else kind, name) for found in calls for kind, name in found]
+    assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
