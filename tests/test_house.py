@@ -24,7 +24,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 156_000  # all rooms but models/
+BYTES = 157_000  # all rooms but models/
 
 
 def room_of(path):
