@@ -33,7 +33,7 @@ lab2: $(VENV)/installed
 assignment: $(VENV)/installed
 	@$(call run,Assignment_MobileNet,hyperparameter_study)
 
-# Only this writes to reports/: all lessons as committed, with the settings of a real scale.
+# Only so do notebooks write to reports/: all as committed, with the settings of a real scale.
 report: SCALE = laptop
 report: $(VENV)/installed
 	git diff --quiet HEAD -- Lab1 Lab2 Assignment_MobileNet common || { echo "commit or undo your changes first"; exit 1; }

@@ -486,7 +486,8 @@ def test_the_experiment_says_what_its_runs_cost(key):
     if "init" not in settings:
         assert cost(config.config_and_network(settings)[1], settings) == pytest.approx(said, rel=0.005)
     elif runs.is_recorded(name):
-        assert cost(runs.load_manifest(name)["spec"], settings) == pytest.approx(said, rel=0.03)  # seeds differ in cfg
+        near = 0.005 if key.endswith("/0") else 0.06  # another seed is left with other widths
+        assert cost(runs.load_manifest(name)["spec"], settings) == pytest.approx(said, rel=near)
 
 
 def test_rivals_have_as_much_computation():
