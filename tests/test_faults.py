@@ -262,10 +262,10 @@ def test_54_two_processes_may_write_one_file_at_once(tmp_path):
 def test_23_workers_end_with_the_process_that_started_them(places):
     """The middle process starts a worker that never ends by itself, and is gone."""
     write(places / "study.yaml")
-    worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, 30, os.getppid())"
-    words = [sys.executable, "-c", f"import os, time; from common import sweep; {worker}"]
-    start = f"p = subprocess.Popen({words!r}, stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(8)"
-    start = f"import subprocess, time; {start}"
+    worker = f"sweep.work = lambda *_: time.sleep(60); sweep.worker_main({str(places / 'study.yaml')!r}, 30, int(sys.argv[1]))"
+    words = [sys.executable, "-c", f"import sys, time; from common import sweep; {worker}"]
+    start = f"p = subprocess.Popen({words!r} + [str(os.getpid())], stdout=-3, stderr=-3); print(p.pid, flush=True); time.sleep(2)"
+    start = f"import os, subprocess, time; {start}"
     pid = int(subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True).stdout)
     for _ in range(60):
         time.sleep(0.5)
