@@ -80,9 +80,8 @@ def start(lesson: str, namespace: dict) -> Settings:
     told |= given.get("more") or {}
     told |= dict(run=given.get("run") or prefix, report=about["report"])
     settings = Settings(**told)
-    settings.config(
-        **{} if told.get("epochs") else dict(epochs=1, warmup=0)
-    )  # before anything runs
+    length = {} if told.get("epochs") else dict(epochs=1, warmup=0)  # some say it by training
+    settings.config(**length)  # checked before anything runs
     changed = [key for key in defaults if given[key] != defaults[key] and key not in HOW]
     global now
     now = types.SimpleNamespace(title=about["title"], settings=settings, changed=changed)
