@@ -1,4 +1,4 @@
-# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make bench | make clean
+# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make data | make bench | make clean
 SCALE ?= quick
 VENV ?= .venv
 RUNS_DIR ?= runs
@@ -9,7 +9,7 @@ LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test test-long lab1 lab2 assignment report bench clean
+.PHONY: demo test test-long lab1 lab2 assignment report data bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/long_scales.py  # in order: they build on each other
+
+# Both data sets, before a lesson needs them.
+data: $(VENV)/installed
+	$(BIN)/python -m common.sources
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loader

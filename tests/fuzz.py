@@ -166,7 +166,7 @@ def read_back(place, wanted, before, damaged):
 def data_file(draw, place):
     """An .npz of images is damaged: it is refused, kept, and never read as other images."""
     spec = sources.SPECS["cifar10"]
-    sources.SPECS["cifar10"] = dataclasses.replace(spec, counts=(4, 2), default_val=10)
+    sources.SPECS["cifar10"] = dataclasses.replace(spec, counts=(4, 2), default_val=10, contents="")
     try:
         generator = np.random.default_rng(0)
         arrays = {f"x_{part}": generator.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 40), ("test", 20))}

@@ -20,11 +20,12 @@ ROWS = (
     ("slimming", "data"),
     ("models", "augment"),
     ("params", "sources", "competition"),
+    ("mirrors",),
     ("plots", "__init__"),
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 157_000  # all rooms but models/
+BYTES = 165_000  # all rooms but models/
 
 
 def room_of(path):
