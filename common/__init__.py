@@ -1,4 +1,7 @@
-"""The workbench behind the notebooks: errors, atomic writing, paths from outside."""
+"""The workbench behind the notebooks: errors, atomic writing, paths from outside.
+
+Of the standard library only: a notebook's first cell calls `enter` before anything is installed.
+"""
 
 import sys
 
@@ -8,7 +11,12 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import contextlib
 import difflib
+import importlib.metadata
+import importlib.util
 import os
+import re
+import subprocess
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +24,8 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[1]
 ROOT = HOME if (HOME / "pyproject.toml").exists() else Path.cwd()  # or it was installed
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported; on a Mac
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # where a package's name is not its module's
+TOOLS = {"jupyterlab", "nbval", "papermill"}  # what no lesson imports
 
 
 class WorkbookError(Exception):
@@ -103,3 +113,63 @@ def claim(folder: Path) -> str:
 def owner_of(folder: Path) -> str | None:
     mark = folder / "owner"
     return mark.read_text() if mark.exists() else None
+
+
+def enter(homes: list) -> None:
+    """What a notebook does first: say which workbook it uses; see that what it needs is here.
+
+    On Colab, what is missing is installed, and nothing that is there is changed. Elsewhere a
+    WorkbookError says how to install it.
+    """
+    others = {os.path.realpath(home) for home in homes} - {str(HOME)}
+    if others:
+        print(f"This is the workbook in {HOME}; not used: {', '.join(sorted(others))}.")
+    colab = importlib.util.find_spec("google") and importlib.util.find_spec("google.colab")
+    if lacking := missing():
+        if not colab:
+            command = f"{sys.executable} -m pip install -r {HOME / 'requirements.txt'}"
+            raise WorkbookError(f"not installed: {', '.join(lacking)}; in a terminal: {command}")
+        install(lacking)
+    if colab:
+        print(advice())
+
+
+def requirements() -> dict:
+    """Name → line of requirements.txt, such as "torch>=2.9"; empty where common was installed."""
+    file = HOME / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {re.split("[>=]", line)[0]: line for line in lines if line[:1].isalpha()}
+
+
+def missing() -> dict:
+    """Name → line of what a lesson needs and would not find."""
+    needed = {name: line for name, line in requirements().items() if name not in TOOLS}
+    find = importlib.util.find_spec
+    return {name: line for name, line in needed.items() if not find(MODULES.get(name, name))}
+
+
+def install(lacking: dict) -> None:
+    """pip-install what is missing; of what is there, nothing the workbook uses is replaced."""
+    print(f"installing {', '.join(lacking)}")
+    kept = [name for name in requirements() if name not in lacking and name not in TOOLS]
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder, "constraints.txt")
+        pins.write_text("".join(f"{k}=={importlib.metadata.version(k)}\n" for k in kept))
+        command = [sys.executable, "-m", "pip", "install", "-q", "-c", str(pins)]
+        done = subprocess.run([*command, *lacking.values()], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise WorkbookError(f"cannot install {', '.join(lacking)}: {last}")
+    importlib.invalidate_caches()
+
+
+def advice() -> str:
+    """For Colab: what suits its machine, and how runs and notebook survive a disconnect."""
+    import torch
+
+    suits = "No GPU: scale 'quick' suits (for more: Runtime, Change runtime type)."
+    if torch.cuda.is_available():
+        suits = f"{torch.cuda.get_device_name()}: scale 'laptop' suits."
+    drive = "mount Drive and set os.environ['RUNS_DIR'] = '/content/drive/MyDrive/runs' above"
+    kept = f"To keep runs after a disconnect, {drive}; to keep this notebook, File, Save a copy"
+    return f"{suits} {kept} in Drive."

@@ -104,3 +104,15 @@ def copy(answer, part: Path, bar, patience: Patience) -> None:
             if got < 1000 * patience.slowest * passed:
                 raise TimeoutError(f"slower than {patience.slowest:g} kB/s")
             since, got = monotonic(), 0
+
+
+def rate(url: str, seconds: float) -> float:
+    """Bytes a second of the start of a file; 0 where nothing came in time."""
+    began, got = monotonic(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as answer:
+            while monotonic() - began < seconds and (piece := answer.read1(1 << 16)):
+                got += len(piece)
+    except NETWORK:
+        return 0
+    return got / (monotonic() - began)
