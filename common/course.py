@@ -21,9 +21,9 @@ places = [".", "..", "../..", "../../..", *sorted(os.listdir()), *sys.path]
 homes = [os.path.abspath(p) for p in places if os.path.isfile(f"{{p}}/common/lesson.py")]
 if not homes:
     said = os.popen(f"git clone -q --depth 1 {{source}} cifar-workbook 2>&1").read()
-    assert os.path.isdir("cifar-workbook/common"), f"put the repository here: {{said}}"
-    homes = [os.path.abspath("cifar-workbook")]
-sys.path.insert(0, homes[0])
+    said = " ".join(said.split())
+    assert os.path.isdir("cifar-workbook/common"), f"clone the workbook here: {{said}}"
+sys.path.insert(0, os.path.abspath([*homes, "cifar-workbook"][0]))
 import common
 
 assert hasattr(common, "enter"), f"restart the kernel: {{common}} is another package"

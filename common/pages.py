@@ -28,6 +28,7 @@ from common.params import SCALES, read_yaml
 
 LABS = ("Lab1", "Lab2", "Assignment_MobileNet")
 SITE = Path(__file__).parent / "site"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX = "mathjax@3.2.2"  # the formulas' program, under the Apache licence
 
 
@@ -66,23 +67,24 @@ def build(scale: str = "quick") -> None:
     formulas = mathjax(site)
     style = (SITE / "style.css").read_text(encoding="utf-8")
     write_file(site / "style.css", style + HtmlFormatter().get_style_defs(".highlight"))
-    told = lessons()
+    told, others = lessons(), texts()
+    known = {*told, *others}
     for path in told:
         try:
-            executed = execute(path, scale, site / "executed")
+            executed = execute(path, scale, site.with_name("executed"))
         except WorkbookError as error:
             failed.append(str(error))
             continue
         notebook = nbformat.read(executed, as_version=4)
         write_file(site / path.relative_to(ROOT), path.read_bytes())
-        write_page(site, path, notebook, formulas, neighbours(path, list(told)))
+        write_page(site, path, notebook, known, formulas, neighbours(path, list(told)))
         cards.append(card(site, path, notebook, told[path]))
-    for path in texts():
+    for path in others:
         cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
-        write_page(site, path, nbformat.v4.new_notebook(cells=[cell]), formulas)
+        write_page(site, path, nbformat.v4.new_notebook(cells=[cell]), known, formulas)
     index = dict(title="CIFAR Workbook", root="", links=[("Reports", "reports/README.html")])
     write_file(site / "index.html", render(**index, cards=cards, scale=scale))
-    print(f"{site / 'index.html'}: {len(cards)} lessons, {len(texts())} other pages")
+    print(f"{site / 'index.html'}: {len(cards)} lessons, {len(others)} other pages")
     if failed:
         raise WorkbookError("\n".join(failed))
 
@@ -90,7 +92,8 @@ def build(scale: str = "quick") -> None:
 def execute(path: Path, scale: str, kept: Path) -> Path:
     """Run a lesson in an empty folder of runs; kept while it, its lab and common/ are the same."""
     used = [path, *path.parent.glob("*.yaml"), *path.parent.glob("*.py")]
-    used += [path for path in (ROOT / "common").rglob("*.py") if path != Path(__file__)]
+    rooms = (ROOT / "common").rglob("*.py")
+    used += [room for room in rooms if room.stem not in ("course", "doctor", "pages")]
     digest = hashlib.sha256(b"".join(each.read_bytes() for each in sorted(used))).hexdigest()[:12]
     target = kept / f"{path.stem}-{scale}-{digest}.ipynb"
     if target.exists():
@@ -107,7 +110,7 @@ def execute(path: Path, scale: str, kept: Path) -> Path:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise WorkbookError(f"{name} failed: {last}")
-        write_file(target, draft.read_bytes())
+        write_file(target, draft.read_text(encoding="utf-8").replace(folder, "runs"))
     for old in kept.glob(f"{path.stem}-{scale}-*.ipynb"):
         if old != target:
             old.unlink()
@@ -154,17 +157,24 @@ def page_of(path: Path) -> Path:
     return path.with_suffix(".html")
 
 
-def write_page(site: Path, path: Path, notebook, formulas: bool, links=()) -> None:
-    """Write the page of a notebook; what it links to of the repository goes beside it."""
+def write_page(site: Path, path: Path, notebook, known: set, formulas: bool, links=()) -> None:
+    """Write the page of a notebook; what it links to of the repository goes beside it.
+
+    `known`: the sources of all pages. The first code cell, and widgets, which need a kernel, are
+    left out.
+    """
+    cells = [cell for cell in notebook.cells if "common.enter(homes)" not in cell.source]
+    notebook = nbformat.from_dict(notebook | dict(cells=cells))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [each for each in cell.outputs if WIDGET not in each.get("data", ())]
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     soup = BeautifulSoup(body, "html.parser")
-    for widget in soup.select(".output_widget_view"):  # these need a kernel
-        widget.decompose()
     for badge in soup.select("a > img[src*='colab-badge']"):
         badge.replace_with(badge["alt"])
     for kind, key in (("a", "href"), ("img", "src")):
         for element in soup.select(f"{kind}[{key}]"):
-            follow(element, key, path, site)
+            follow(element, key, path, site, known)
     name = path.relative_to(ROOT)
     heading = soup.find("h1")
     title = heading.get_text().rstrip("¶") if heading else path.stem
@@ -173,13 +183,13 @@ def write_page(site: Path, path: Path, notebook, formulas: bool, links=()) -> No
     write_file(site / page_of(name), render(**told))
 
 
-def follow(element, key: str, path: Path, site: Path) -> None:
+def follow(element, key: str, path: Path, site: Path, known: set) -> None:
     """Lead a link to a page, or to a copy of the file it names; what is neither is text."""
     address = urlsplit(element[key])
     if address.scheme or not address.path:
         return
     target = Path(os.path.normpath(path.parent / unquote(address.path)))
-    if target.is_relative_to(ROOT) and (target in texts() or target in lessons()):
+    if target in known:
         element[key] = page_of(Path(address.path)).as_posix() + element[key][len(address.path) :]
     elif target.is_relative_to(ROOT) and target.is_file():
         write_file(site / target.relative_to(ROOT), target.read_bytes())
@@ -199,7 +209,7 @@ def card(site: Path, path: Path, notebook, about: dict) -> dict:
     minutes = {k: v if isinstance(v, str) else f"{v:g} min" for k, v in minutes.items()}
     return dict(
         title=notebook.cells[0].source.splitlines()[0].lstrip("# "),
-        question=question[1] if question else "",
+        question=question[1].replace("*", "") if question else "",
         target=page_of(name).as_posix(),
         picture=picture.as_posix(),
         alt=first.metadata["image/png"]["alt"],

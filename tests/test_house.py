@@ -9,6 +9,7 @@ from common import ROOT
 # From top to bottom; a room imports only rooms of lower rows.
 ROWS = (
     ("course", "doctor"),
+    ("pages",),
     ("lesson",),
     ("widgets",),
     ("sweep",),
@@ -25,7 +26,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 165_000  # all rooms but models/
+BYTES = 188_500  # all rooms but models/
 
 
 def room_of(path):

@@ -1,0 +1,434 @@
+"""The way in: the first cell wherever it may stand, badges, what is missing, the doctor, the pages."""
+
+import ast
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+import common
+from common import ROOT, WorkbookError, course, doctor, mirrors, pages, sources
+
+LESSONS = list(pages.lessons())
+CELL = course.FIRST_CELL.format(source="")
+USED = "\nprint('used', common.HOME)"
+
+
+def run(code, folder, **environment):
+    """A first cell, run as a script: in an environment that has no other way to the workbook."""
+    own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORKBOOK_REPOSITORY")}
+    # -S and -E: not even an editable installation is seen.
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=own | environment)
+
+
+def last(result):
+    assert result.returncode
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository in small: what the first cell looks for, and what it calls."""
+
+    def make(name, parent=tmp_path):
+        home = parent / name
+        (home / "common").mkdir(parents=True)
+        shutil.copy(ROOT / "common" / "__init__.py", home / "common")
+        (home / "common" / "lesson.py").touch()
+        (home / "pyproject.toml").touch()
+        (home / "requirements.txt").write_text("# nothing\n")
+        return home
+
+    return make
+
+
+def commit(home):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "-C", str(home)]
+    for words in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "x"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    return f"file://{home}"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_is_as_make_badges_writes_it(path):
+    address, tag = pages.repository()
+    text = path.read_text()
+    assert course.addressed(text, path.relative_to(ROOT).as_posix(), address, tag) == text, "make badges"
+    assert sum("common.enter(homes)" in "".join(cell["source"]) for cell in json.loads(text)["cells"]) == 1
+
+
+def test_the_first_cell_is_short_and_speaks_old_python():
+    assert len(CELL.splitlines()) <= 15 and max(map(len, CELL.splitlines())) <= 88
+    for text in (CELL, (ROOT / "common" / "__init__.py").read_text()):
+        ast.parse(text, feature_version=(3, 9))
+
+
+def test_a_badge_and_a_first_cell_lead_to_one_version():
+    path, name = LESSONS[0], "Lab1/baseline.ipynb"
+    text = course.addressed(path.read_text(), name, "", "")
+    of = "https://github.com/someone/some-course"
+    tagged = course.addressed(text, name, of, "v1.0")
+    cells = json.loads(tagged)["cells"]
+    badge = f"colab.research.google.com/github/someone/some-course/blob/v1.0/{name})"
+    assert "".join(cells[0]["source"]).count(badge) == 1
+    assert f'"--branch v1.0 {of}"' in tagged.replace('\\"', '"')
+    untagged = course.addressed(tagged, name, of, "")
+    assert "/blob/main/" in untagged and "v1.0" not in untagged and untagged.count("colab-badge") == 1
+    assert course.addressed(untagged, name, "", "") == text
+
+
+@pytest.fixture
+def course_copy(tmp_path, monkeypatch):
+    """A copy of what `badges` writes to, in a repository of its own."""
+    home = tmp_path / "course"
+    for path in LESSONS:
+        (home / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        notebook = course.addressed(path.read_text(), "x", "", "")
+        (home / path.relative_to(ROOT)).write_text(notebook)
+        shutil.copy(path.parent / "settings.yaml", home / path.parent.relative_to(ROOT))
+    project = re.sub(r"\n\[project.urls\]\n([^\[\n].*\n)*", "", (ROOT / "pyproject.toml").read_text())
+    (home / "pyproject.toml").write_text(project)
+    subprocess.run(["git", "init", "-q", str(home)], check=True)
+    monkeypatch.setattr(course, "ROOT", home)
+    monkeypatch.setattr(pages, "ROOT", home)
+    return home
+
+
+@pytest.mark.parametrize(
+    "origin,found",
+    (
+        ("https://github.com/someone/some-course.git", True),
+        ("https://github.com/someone/some-course/", True),
+        ("https://someone:secret@github.com/someone/some-course.git", False),
+        ("git@github.com:someone/some-course.git", False),
+        ("https://git.example.com/someone/some-course", False),
+        ("https://github.com/someone/some-course/../x", False),
+        ("/home/someone/some-course", False),
+    ),
+)
+def test_only_a_public_address_is_taken_from_git(origin, found, course_copy):
+    before = {path: path.read_bytes() for path in course_copy.rglob("*") if path.is_file() and ".git" not in path.parts}
+    subprocess.run(["git", "-C", str(course_copy), "remote", "add", "origin", origin], check=True)
+    course.badges()
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    if not found:
+        assert not changed
+        return
+    assert changed == {"pyproject.toml", *(path.name for path in LESSONS)}
+    assert pages.repository() == ("https://github.com/someone/some-course", "")
+    course.badges("v2.1")
+    assert pages.repository() == ("https://github.com/someone/some-course", "v2.1")
+    course.badges()
+    assert pages.repository()[1] == "v2.1", "a release stays until another one is named"
+    course.badges("")
+    assert pages.repository() == ("https://github.com/someone/some-course", "")
+    with pytest.raises(WorkbookError, match="name of a release"):
+        course.badges('v1" --upload-pack "x')
+
+
+@pytest.mark.parametrize("below", (".", "Lab1", "Lab1/inner/inner"))
+def test_the_first_cell_finds_the_workbook_above(below, clone):
+    home = clone("workbook")
+    (home / below).mkdir(parents=True, exist_ok=True)
+    result = run(CELL + USED, home / below)
+    assert result.stdout == f"used {home}\n", result.stderr
+
+
+def test_of_several_workbooks_it_says_which_one(clone, tmp_path):
+    first, second = clone("a"), clone("b")
+    result = run(CELL + USED, tmp_path)
+    assert result.stdout.splitlines() == [f"This is the workbook in {first}; not used: {second}.", f"used {first}"]
+    assert "not used" not in run(CELL + USED, second, PYTHONPATH=str(second)).stdout, "the same one twice"
+
+
+@pytest.mark.parametrize("tag", ("", "--branch v1 "))
+def test_where_there_is_none_it_is_cloned_once(tag, clone, tmp_path):
+    address, empty = commit(clone("origin", tmp_path / "far")), tmp_path / "empty"
+    empty.mkdir()
+    for _ in range(2):
+        result = run(CELL + USED, empty, WORKBOOK_REPOSITORY=tag + address)
+        assert result.stdout == f"used {empty / 'cifar-workbook'}\n", result.stderr
+        address = "file:///nowhere"  # the second time it is here
+
+
+@pytest.mark.parametrize(
+    "case,message",
+    (
+        ("no address", "clone the workbook here"),
+        ("unreachable", "does not appear to be a git repository"),
+        ("no git", "git: not found"),
+        ("read-only", "could not create work tree"),
+        ("in the way", "already exists"),
+    ),
+)
+def test_what_keeps_it_from_cloning_is_one_line(case, message, clone, tmp_path):
+    address, folder = commit(clone("origin", tmp_path / "far")), tmp_path / "empty"
+    folder.mkdir()
+    if case == "in the way":
+        (folder / "cifar-workbook").mkdir()
+        (folder / "cifar-workbook" / "mine.txt").touch()
+    own = dict(WORKBOOK_REPOSITORY=address)
+    if case in ("no address", "unreachable"):
+        own = dict(WORKBOOK_REPOSITORY=case[:2] == "un" and "file:///nowhere" or "")
+    if case == "no git":
+        own["PATH"] = str(tmp_path)
+    if case == "read-only":
+        folder = Path("/proc")  # the administrator cannot write there either
+        if not folder.exists():
+            pytest.skip("no /proc")
+    result = run(CELL, folder, **own)
+    assert re.match("AssertionError: clone the workbook here", last(result)) and message in last(result), result.stderr
+    assert case != "in the way" or (folder / "cifar-workbook" / "mine.txt").exists()
+
+
+def test_another_package_of_this_name_is_told_apart(clone, tmp_path):
+    home, other = clone("workbook"), tmp_path / "other"
+    (other / "common").mkdir(parents=True)
+    (other / "common" / "__init__.py").touch()
+    assert run(CELL + USED, home, PYTHONPATH=str(other)).stdout == f"used {home}\n", "on the path: ours comes first"
+    result = run("import common\n" + CELL, home / "common", PYTHONPATH=str(other))
+    assert "restart the kernel" in last(result) and str(other) in last(result)
+
+
+def test_an_old_python_is_one_line(clone):
+    result = run("import sys\nsys.version_info = (3, 9, 18)\n" + CELL, clone("workbook"))
+    assert last(result) == "ImportError: the workbook needs Python 3.10 or newer; this is 3.9"
+
+
+@pytest.fixture
+def lacking(tmp_path, monkeypatch):
+    """A workbook that needs two packages that nobody has."""
+    own = "# a comment\ntorch>=2.9\nno-such-package>=1.0\npyyaml>=6\nnobodys>=2\njupyterlab>=4\n-e .\n"
+    (tmp_path / "requirements.txt").write_text(own)
+    monkeypatch.setattr(common, "HOME", tmp_path)
+    return {"no-such-package": "no-such-package>=1.0", "nobodys": "nobodys>=2"}
+
+
+def test_what_is_missing_is_named_with_the_command(lacking):
+    assert common.missing() == lacking
+    with pytest.raises(WorkbookError, match="not installed: no-such-package, nobodys; .* -m pip install -r .*requirements.txt"):
+        common.enter([])
+
+
+def test_on_colab_only_what_is_missing_is_installed(lacking, tmp_path, monkeypatch, capsys):
+    """And what is there is pinned: pip is told to change none of it."""
+    calls = []
+
+    def pip(command, **options):
+        calls.append((command, Path(command[command.index("-c") + 1]).read_text()))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    (tmp_path / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "google" / "colab" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "google", raising=False)
+    monkeypatch.setattr(common.subprocess, "run", pip)
+    common.enter([])
+    (command, pins), said = calls[0], capsys.readouterr().out
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert [word for word in command if ">=" in word] == list(lacking.values())
+    assert pins == f"torch=={importlib.metadata.version('torch')}\npyyaml=={importlib.metadata.version('pyyaml')}\n"
+    assert "installing no-such-package, nobodys" in said and "RUNS_DIR" in said and "Save a copy" in said
+    monkeypatch.setattr(
+        common.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", "a\nERROR: no network")
+    )
+    with pytest.raises(WorkbookError, match="cannot install no-such-package, nobodys: ERROR: no network"):
+        common.enter([])
+
+
+def test_the_requirements_are_named_as_they_are_installed():
+    """Each name of requirements.txt has a version here, and its module is found."""
+    assert len(common.requirements()) > 10 and not common.missing()
+    for name in common.requirements():
+        assert importlib.metadata.version(name)
+
+
+def check(*found):
+    def told():
+        yield from found
+
+    return told
+
+
+def test_the_doctor_says_how_and_ends_with_a_status(capsys):
+    assert doctor.main([check(("fine", None))]) == 0
+    assert capsys.readouterr().out == "[OK]  fine\n"
+
+    def broken():
+        raise OSError("something\nstrange")
+        yield
+
+    def refused():
+        raise WorkbookError("the file is bad; delete it")
+        yield
+
+    assert doctor.main([broken, check(("bad", "mend it")), refused, check(("fine", None))]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[FIX] broken: OSError: something strange" and "pip install" in lines[1]
+    assert lines[2:] == ["[FIX] bad", "      → mend it", "[FIX] the file is bad", "      → delete it", "[OK]  fine"]
+
+
+@pytest.mark.parametrize(
+    "found,line,fits",
+    (
+        ("2.14.1+cu130", "torch>=2.9", True),
+        ("2.8.1", "torch>=2.9", False),
+        ("2.9", "torch>=2.9", True),
+        ("10.0", "pillow>=9.5", True),
+        ("0.1.1.post2", "thop>=0.1.1.post2", True),
+    ),
+)
+def test_the_doctor_compares_versions_as_numbers(found, line, fits, monkeypatch):
+    monkeypatch.setattr(doctor, "requirements", lambda: {"it": line})
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: found)
+    mends = [mend for _, mend in doctor.packages()]
+    assert (mends == [None]) == fits
+
+
+def test_the_doctor_names_what_is_missing_and_asks_all_mirrors_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DIR", str(tmp_path))
+    monkeypatch.delenv("CIFAR_URL", raising=False)
+    monkeypatch.setattr(sources, "MIRRORS", ["https://a.example/x", "https://b.example", "https://c.example"])
+    started = []
+
+    def rate(url, seconds):
+        started.append(url)
+        while len(started) < 3:  # each waits for all others
+            pass
+        return 2e6 if "b.example" in url else 0
+
+    monkeypatch.setattr(mirrors, "rate", rate)
+    ((text, mend),) = doctor.data()
+    assert "a.example no answer, b.example 2.0 MB/s, c.example no answer" in text
+    assert mend.endswith("-m common.sources cifar10 cifar100")
+    assert "https://a.example/x/cifar-10-python.tar.gz" in started
+    (tmp_path / "cifar10.npz").write_bytes(b"nothing")
+    with pytest.raises(WorkbookError, match="cifar10.npz"):
+        list(doctor.data())
+
+
+def test_the_doctor_measures(capsys):
+    assert doctor.main([lambda: doctor.speed(0)]) == 0
+    assert int(re.search(r"([\d,]+) images/s", capsys.readouterr().out)[1].replace(",", "")) > 0
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def executed(path):
+    """A lesson's notebook as it might look after a run: one picture, one widget."""
+    notebook = nbformat.read(path, as_version=4)
+    picture = {"image/png": PIXEL, "text/plain": "a picture"}
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    output = nbformat.v4.new_output("display_data", picture, metadata={"image/png": {"alt": "a <small> picture"}})
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x", "version_major": 2, "version_minor": 0}}
+    cell.outputs = [output, nbformat.v4.new_output("display_data", widget | {"text/plain": "a bar of progress"})]
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """All pages, of lessons that did not run."""
+    folder = tmp_path_factory.mktemp("site")
+    told = folder / "told.ipynb"
+
+    def execute(path, scale, kept):
+        nbformat.write(executed(path), told)
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS_DIR", str(folder))
+        patch.setattr(pages, "execute", execute)
+        patch.setattr(pages, "mathjax", lambda site: True)
+        pages.build()
+    return folder / "pages"
+
+
+def test_every_link_of_the_pages_leads_somewhere(site):
+    found = sorted(site.rglob("*.html"))
+    assert len(found) == 1 + len(LESSONS) + len(pages.texts())
+    for page in found:
+        soup = BeautifulSoup(page.read_text(), "html.parser")
+        for element in soup.select("a[href]"):
+            address, _, part = element["href"].partition("#")
+            if not re.match("https?:", address):
+                target = page.parent / address if address else page
+                assert target.is_file(), f"{page.name} leads to {element['href']}"
+                if part and target.suffix == ".html":
+                    ids = [each["id"] for each in BeautifulSoup(target.read_text(), "html.parser").select("[id]")]
+                    assert part in ids, f"{page.name} leads to {element['href']}"
+
+
+def test_the_pages_load_nothing_from_elsewhere_and_every_picture_has_words(site):
+    for page in site.rglob("*.html"):
+        soup = BeautifulSoup(page.read_text(), "html.parser")
+        loaded = [e.get("src") or e.get("href") for e in soup.select("[src], link[href]")]
+        assert not [address for address in loaded if re.match("https?:|//", address)], page
+        assert all(img.get("alt") and "No description" not in img["alt"] for img in soup.select("img")), page
+        assert "a bar of progress" not in soup.get_text(), "that needs a kernel"
+    assert "url(" not in (site / "style.css").read_text() and "@import" not in (site / "style.css").read_text()
+
+
+def test_the_index_has_the_question_the_time_and_a_picture_of_each_lesson(site):
+    soup = BeautifulSoup((site / "index.html").read_text(), "html.parser")
+    cards = soup.select("section")
+    assert len(cards) == len(LESSONS)
+    for item, (path, about) in zip(cards, pages.lessons().items()):
+        assert str(about["quick"]["minutes"]) in item.get_text() and "?" in item.get_text()
+        assert item.img["alt"] == "a <small> picture" and (site / item.img["src"]).read_bytes()[:4] == b"\x89PNG"
+        assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the lesson to download"
+
+
+def test_a_page_is_made_anew_only_if_something_changed(tmp_path, monkeypatch):
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    lesson, calls = lab / "one.ipynb", []
+    lesson.write_text("1")
+    (lab / "settings.yaml").write_text("1")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "x.py").write_text("1")
+
+    def papermill(command, **options):
+        calls.append(options["env"]["RUNS_DIR"])
+        with contextlib.suppress(StopIteration):
+            Path(next(word for word in command if "draft" in word)).write_text("{}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(pages.subprocess, "run", papermill)
+    made = [pages.execute(lesson, "quick", tmp_path / "kept") for _ in range(2)]
+    assert len(calls) == 1 and made[0] == made[1] and made[0].exists()
+    for path in (lesson, lab / "settings.yaml", tmp_path / "common" / "x.py"):
+        path.write_text("2")
+        pages.execute(lesson, "quick", tmp_path / "kept")
+    assert len(set(calls)) == 4, "each in a folder of its own"
+    assert len(list((tmp_path / "kept").iterdir())) == 1, "what is old goes"
+
+
+def test_a_lesson_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    monkeypatch.setattr(pages, "mathjax", lambda site: False)
+    told = tmp_path / "told.ipynb"
+    nbformat.write(executed(LESSONS[0]), told)
+
+    def execute(path, scale, kept):
+        if path == LESSONS[1]:
+            raise WorkbookError("Lab1/advanced.ipynb failed: WorkbookError: epochs=0")
+        return told
+
+    monkeypatch.setattr(pages, "execute", execute)
+    with pytest.raises(WorkbookError, match="^Lab1/advanced.ipynb failed"):
+        pages.build()
+    assert (tmp_path / "pages" / "index.html").read_text().count("<section>") == len(LESSONS) - 1
+    with pytest.raises(WorkbookError, match="unknown scale 'big'"):
+        pages.build("big")
