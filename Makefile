@@ -1,4 +1,4 @@
-# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make data | make bench | make clean
+# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make data | make pages | make badges | make doctor | make bench | make clean
 SCALE ?= quick
 VENV ?= .venv
 RUNS_DIR ?= runs
@@ -9,7 +9,7 @@ LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test test-long lab1 lab2 assignment report data bench clean
+.PHONY: demo test test-long lab1 lab2 assignment report data pages badges doctor bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,17 @@ test-long: $(VENV)/installed
 # Both data sets, before a lesson needs them.
 data: $(VENV)/installed
 	$(BIN)/python -m common.sources
+
+# Lessons and reports as web pages, in $(RUNS_DIR)/pages; what did not change is not run again.
+pages: $(VENV)/installed
+	$(BIN)/python -m common.course pages
+
+# The repository's address, written into every lesson; make badges TAG=v1.0 before that release.
+badges: $(VENV)/installed
+	$(BIN)/python -m common.course badges $(if $(TAG),--tag $(TAG))
+
+doctor: $(VENV)/installed
+	@$(BIN)/python -m common.doctor
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loader
