@@ -12,6 +12,8 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 .PHONY: demo test test-long lab1 lab2 assignment report data pages badges doctor bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@

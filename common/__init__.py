@@ -54,7 +54,7 @@ def writing(path):
         yield
     except OSError as error:
         advice = "free some space or make the folder writable"
-        raise WorkbookError(f"cannot write {path} ({error.strerror}); {advice}") from None
+        raise WorkbookError(f"cannot write {path} ({error.strerror or error}); {advice}") from None
 
 
 def write_file(path, data: bytes | str) -> Path:
@@ -115,8 +115,10 @@ def owner_of(folder: Path) -> str | None:
     return mark.read_text() if mark.exists() else None
 
 
-def enter(homes: list) -> None:
+def enter(homes: list, source: str = "") -> None:
     """What a notebook does first: say which workbook it uses; see that what it needs is here.
+
+    `source`: where the notebook would have cloned it, as in "--branch v1.0 https://…".
 
     On Colab, what is missing is installed, and nothing that is there is changed. Elsewhere a
     WorkbookError says how to install it.
@@ -124,14 +126,18 @@ def enter(homes: list) -> None:
     others = {os.path.realpath(home) for home in homes} - {str(HOME)}
     if others:
         print(f"This is the workbook in {HOME}; not used: {', '.join(sorted(others))}.")
+    release = re.match(r"--branch (\S+)", source)
+    project = HOME / "pyproject.toml"
+    if release and project.exists() and f'/tree/{release[1]}"' not in project.read_text():
+        print(f"This lesson is of release {release[1]}, the workbook in {HOME} of another one.")
     colab = importlib.util.find_spec("google") and importlib.util.find_spec("google.colab")
     if lacking := missing():
         if not colab:
-            command = f"{sys.executable} -m pip install -r {HOME / 'requirements.txt'}"
-            raise WorkbookError(f"not installed: {', '.join(lacking)}; in a terminal: {command}")
+            names = ", ".join(lacking)
+            raise WorkbookError(f"not installed: {names}; in a terminal: {install_command()}")
         install(lacking)
     if colab:
-        print(advice())
+        print(colab_advice())
 
 
 def requirements() -> dict:
@@ -144,26 +150,34 @@ def requirements() -> dict:
 def missing() -> dict:
     """Name → line of what a lesson needs and would not find."""
     needed = {name: line for name, line in requirements().items() if name not in TOOLS}
-    find = importlib.util.find_spec
-    return {name: line for name, line in needed.items() if not find(MODULES.get(name, name))}
+    found = {name: importlib.util.find_spec(MODULES.get(name, name)) for name in needed}
+    # What has no loader is but a folder of that name.
+    return {name: needed[name] for name, spec in found.items() if not (spec and spec.loader)}
+
+
+def install_command() -> str:
+    """For a terminal; from the workbook's own folder, which requirements.txt names as "."."""
+    return f'cd "{HOME}" && "{sys.executable}" -m pip install -r requirements.txt'
 
 
 def install(lacking: dict) -> None:
     """pip-install what is missing; of what is there, nothing the workbook uses is replaced."""
     print(f"installing {', '.join(lacking)}")
-    kept = [name for name in requirements() if name not in lacking and name not in TOOLS]
+    kept = {each.name.lower(): each.version for each in importlib.metadata.distributions()}
+    pinned = [f"{name}=={kept[name]}" for name in requirements() if name in kept]
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder, "constraints.txt")
-        pins.write_text("".join(f"{k}=={importlib.metadata.version(k)}\n" for k in kept))
+        pins.write_text("\n".join(pinned))
         command = [sys.executable, "-m", "pip", "install", "-q", "-c", str(pins)]
         done = subprocess.run([*command, *lacking.values()], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise WorkbookError(f"cannot install {', '.join(lacking)}: {last}")
+        advice = "check the connection, and run this cell again"
+        raise WorkbookError(f"cannot install {', '.join(lacking)} ({last}); {advice}")
     importlib.invalidate_caches()
 
 
-def advice() -> str:
+def colab_advice() -> str:
     """For Colab: what suits its machine, and how runs and notebook survive a disconnect."""
     import torch
 

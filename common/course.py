@@ -17,17 +17,17 @@ import os  # This cell finds the workbook, or clones it; it is the same in all l
 import sys
 
 source = os.environ.get("WORKBOOK_REPOSITORY", "{source}")
+new, mark = "cifar-workbook", os.path.join("common", "lesson.py")
 places = [".", "..", "../..", "../../..", *sorted(os.listdir()), *sys.path]
-homes = [os.path.abspath(p) for p in places if os.path.isfile(f"{{p}}/common/lesson.py")]
+homes = [os.path.abspath(p) for p in places if os.path.isfile(os.path.join(p, mark))]
 if not homes:
-    said = os.popen(f"git clone -q --depth 1 {{source}} cifar-workbook 2>&1").read()
-    said = " ".join(said.split())
-    assert os.path.isdir("cifar-workbook/common"), f"clone the workbook here: {{said}}"
-sys.path.insert(0, os.path.abspath([*homes, "cifar-workbook"][0]))
+    said = os.popen(f"git clone -q --depth 1 {{source}} {{new}} 2>&1").read().split()
+    assert os.path.isfile(f"{{new}}/{{mark}}"), f"put the repository here: {{' '.join(said)}}"
+sys.path.insert(0, os.path.abspath([*homes, new][0]))
 import common
 
 assert hasattr(common, "enter"), f"restart the kernel: {{common}} is another package"
-common.enter(homes)"""
+common.enter(homes, source)"""
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)\n\n")
 COLAB = "https://colab.research.google.com"
 GITHUB = re.compile(r"https://github\.com/[\w-]+/[\w.-]+?(?=(\.git)?/?$)")
@@ -46,14 +46,14 @@ def badges(tag: str | None = None) -> None:
         call = ["git", "remote", "get-url", "origin"]
         origin = subprocess.run(call, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         address = found[0] if (found := GITHUB.match(origin)) else ""
+    elif not GITHUB.fullmatch(address):
+        problem = "Repository in pyproject.toml is no public address at github.com"
+        raise WorkbookError(f"{problem}; write one, as in https://github.com/owner/name")
     tag = old if tag is None else tag
-    if tag and not re.fullmatch(r"[\w.-]+", tag, re.ASCII):
+    if tag and (not re.fullmatch(r"\w[\w.-]*", tag, re.ASCII) or ".." in tag):
         raise WorkbookError(f"tag={tag!r} is not legal; give the name of a release, as v1.0")
     if address:
-        text = re.sub(r"\n\[project\.urls\]\n([^\[\n].*\n)*", "", text)
-        urls = f'Repository = "{address}"\n'
-        urls += f'Release = "{address}/tree/{tag}"\n' if tag else ""
-        write_file(file, text.replace("\n[tool.", f"\n[project.urls]\n{urls}\n[tool.", 1))
+        write_file(file, with_urls(text, address, tag))
     for path in pages.lessons():
         before = path.read_text(encoding="utf-8")
         after = addressed(before, path.relative_to(ROOT).as_posix(), address, tag)
@@ -61,6 +61,16 @@ def badges(tag: str | None = None) -> None:
             write_file(path, after)
     to = f"{address} {tag}".strip()
     print(f"badges and first cells lead to {to}" if to else "no address at github.com: no badges")
+
+
+def with_urls(project: str, address: str, tag: str) -> str:
+    """The text of pyproject.toml with the repository's address and release; other urls stay."""
+    own = f'Repository = "{address}"\n'
+    own += f'Release = "{address}/tree/{tag}"\n' if tag else ""
+    project = re.sub(r"^(Repository|Release) *=.*\n", "", project, flags=re.M)
+    if "\n[project.urls]\n" not in project:
+        project = project.replace("\n[tool.", "\n[project.urls]\n\n[tool.", 1)
+    return project.replace("\n[project.urls]\n", f"\n[project.urls]\n{own}", 1)
 
 
 def addressed(notebook: str, name: str, address: str, tag: str) -> str:
@@ -72,7 +82,7 @@ def addressed(notebook: str, name: str, address: str, tag: str) -> str:
     title, _, rest = "".join(told["cells"][0]["source"]).partition("\n\n")
     told["cells"][0]["source"] = f"{title}\n\n{badge}{BADGE.sub('', rest)}".splitlines(True)
     for cell in told["cells"]:
-        if "common.enter(homes)" in "".join(cell["source"]):
+        if "common.enter(homes, source)" in "".join(cell["source"]):
             cell["source"] = FIRST_CELL.format(source=source).splitlines(True)
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 

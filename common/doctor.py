@@ -16,9 +16,9 @@ import time
 from importlib import metadata
 from threading import Thread
 
-from common import HOME, ROOT, WorkbookError, folder_from, requirements, write_file
+from common import ROOT, WorkbookError, folder_from, install_command, requirements, write_file
 
-INSTALL = f"{sys.executable} -m pip install -r {HOME / 'requirements.txt'}"
+PYTHON = f'"{sys.executable}"'
 REFERENCE = "lab1-laptop-baseline"  # the recorded run that the benchmark repeats in small
 
 
@@ -34,7 +34,7 @@ def packages():
         if numbers(found) < numbers(line.partition(">=")[2]):
             bad.append(f"{name} {found} is older than {line}")
     if bad:
-        yield "; ".join(bad), INSTALL
+        yield "; ".join(bad), install_command()
     import torch
     import torchvision
 
@@ -67,6 +67,7 @@ def device():
     from common import measure, models, optim
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = "mps" if torch.backends.mps.is_available() else kind
     machine = measure.machine(kind)
     precision = optim.native_precision("auto", models.build("resnet18"))
     words = {"no": "32 bits", "bf16": "bf16", "fp16": "fp16"}[precision]
@@ -93,7 +94,7 @@ def data():
         told = ", ".join(f"{host} {rate}" for host, rate in rates.items())
         names = " ".join(lacking)
         problem = f"{' and '.join(lacking)}: not here (scale quick needs none); mirrors: {told}"
-        yield problem, f"{sys.executable} -m common.sources {names}"
+        yield problem, f"{PYTHON} -m common.sources {names}"
 
 
 def ask_mirrors(name: str, seconds: float = 5) -> dict:
@@ -104,15 +105,16 @@ def ask_mirrors(name: str, seconds: float = 5) -> dict:
 
     def ask(base):
         rate = mirrors.rate(f"{base.rstrip('/')}/{name}", seconds)
-        rates[mirrors.host(base)] = f"{rate / 1e6:.1f} MB/s" if rate else "no answer"
+        rates[base] = f"{rate / 1e6:.1f} MB/s" if rate else "no answer"
 
     bases = [*filter(None, [os.environ.get("CIFAR_URL")]), *sources.MIRRORS]
     threads = [Thread(target=ask, args=(base,), daemon=True) for base in bases]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + seconds + 1
     for thread in threads:
-        thread.join(seconds)
-    return {mirrors.host(base): rates.get(mirrors.host(base), "no answer") for base in bases}
+        thread.join(max(0, end - time.monotonic()))
+    return {mirrors.host(base): rates.get(base, "no answer") for base in bases}
 
 
 def speed(seconds: float = 5):
@@ -142,17 +144,24 @@ def main(checks=(packages, place, device, data, speed)) -> int:
     """Print what each check finds; 1 if something is to be mended, else 0."""
     status = 0
     for check in checks:
-        try:
-            found = list(check())
-        except WorkbookError as error:  # "what is wrong; what to do"
-            found = [str(error).rpartition("; ")[::2]]
-        except Exception as error:  # whatever else may be wrong with a machine
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            found = [(f"{check.__name__}: {told}", INSTALL)]
-        for text, mend in found:
+        for text, mend in findings(check):
             print(f"[FIX] {text}\n      → {mend}" if mend else f"[OK]  {text}", flush=True)
             status |= bool(mend)
     return status
+
+
+def findings(check):
+    """What a check yields, and what it ends with, if that is an error."""
+    try:
+        yield from check()
+    except WorkbookError as error:  # "what is wrong; what to do"
+        problem, _, mend = str(error).rpartition("; ")
+        yield problem or mend, mend
+    except ImportError as error:
+        yield f"{check.__name__}: {error}", install_command()
+    except Exception as error:  # whatever else may be wrong with a machine
+        told = " ".join(f"{check.__name__}: {type(error).__name__}: {error}".split())
+        yield told, "report it, with all that stands here"
 
 
 if __name__ == "__main__":

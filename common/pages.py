@@ -6,6 +6,7 @@ elsewhere: `python -m common.course pages`.
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import jinja2
 import nbformat
 from bs4 import BeautifulSoup
+from markupsafe import Markup
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
@@ -29,7 +31,8 @@ from common.params import SCALES, read_yaml
 LABS = ("Lab1", "Lab2", "Assignment_MobileNet")
 SITE = Path(__file__).parent / "site"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-MATHJAX = "mathjax@3.2.2"  # the formulas' program, under the Apache licence
+MATHJAX = "mathjax@3.2.2"  # draws formulas; under the Apache licence
+MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
 
 
 def lessons() -> dict:
@@ -52,8 +55,8 @@ def texts() -> list:
 def repository(text: str | None = None) -> tuple:
     """Address and release tag of the repository, from pyproject.toml; empty where not known."""
     text = text or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    address = re.search(r'^Repository = "(.*)"$', text, re.M)
-    tag = re.search(r'^Release = ".*/tree/(.*)"$', text, re.M)
+    address = re.search(r"^Repository *= *[\"'](.*)[\"']", text, re.M)
+    tag = re.search(r"^Release *= *[\"'].*/tree/(.*)[\"']", text, re.M)
     return address[1] if address else "", tag[1] if tag else ""
 
 
@@ -67,17 +70,17 @@ def build(scale: str = "quick") -> None:
     formulas = mathjax(site)
     style = (SITE / "style.css").read_text(encoding="utf-8")
     write_file(site / "style.css", style + HtmlFormatter().get_style_defs(".highlight"))
-    told, others = lessons(), texts()
-    known = {*told, *others}
+    told, others, ran = lessons(), texts(), {}
     for path in told:
         try:
-            executed = execute(path, scale, site.with_name("executed"))
+            ran[path] = execute(path, scale, site.with_name("executed"))
         except WorkbookError as error:
             failed.append(str(error))
-            continue
+    known = {*ran, *others}
+    for path, executed in ran.items():
         notebook = nbformat.read(executed, as_version=4)
         write_file(site / path.relative_to(ROOT), path.read_bytes())
-        write_page(site, path, notebook, known, formulas, neighbours(path, list(told)))
+        write_page(site, path, notebook, known, formulas, neighbours(path, list(ran)))
         cards.append(card(site, path, notebook, told[path]))
     for path in others:
         cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
@@ -110,7 +113,8 @@ def execute(path: Path, scale: str, kept: Path) -> Path:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise WorkbookError(f"{name} failed: {last}")
-        write_file(target, draft.read_text(encoding="utf-8").replace(folder, "runs"))
+        text = draft.read_text(encoding="utf-8")
+        write_file(target, text.replace(json.dumps(folder)[1:-1], "runs"))
     for old in kept.glob(f"{path.stem}-{scale}-*.ipynb"):
         if old != target:
             old.unlink()
@@ -128,20 +132,21 @@ def mathjax(site: Path) -> bool:
             call = [shutil.which("npm") or "npm", "pack", MATHJAX]
             subprocess.run(call, cwd=folder, check=True, capture_output=True, timeout=300)
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-                for name, target in (
-                    ("es5/tex-svg.js", file),
-                    ("LICENSE", file.parent / "LICENSE"),
-                ):
-                    write_file(target, archive.extractfile(f"package/{name}").read())
+                names = ("es5/tex-svg.js", "LICENSE")
+                script, licence = [archive.extractfile(f"package/{name}").read() for name in names]
+        if hashlib.sha256(script).hexdigest() != MATHJAX_SHA256:
+            raise ValueError("it is not the one this workbook was tried with")
+        write_file(file.with_name("LICENSE"), licence)
+        write_file(file, script)
         return True
-    except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
         print(f"formulas stay as they are written: npm cannot fetch {MATHJAX} ({error})")
         return False
 
 
 def render(**told) -> str:
     template = (SITE / "page.html").read_text(encoding="utf-8")
-    return jinja2.Template(template).render(**told) + "\n"
+    return jinja2.Environment(autoescape=True).from_string(template).render(**told) + "\n"
 
 
 def neighbours(path: Path, order: list) -> list:
@@ -163,7 +168,7 @@ def write_page(site: Path, path: Path, notebook, known: set, formulas: bool, lin
     `known`: the sources of all pages. The first code cell, and widgets, which need a kernel, are
     left out.
     """
-    cells = [cell for cell in notebook.cells if "common.enter(homes)" not in cell.source]
+    cells = [cell for cell in notebook.cells if "common.enter(homes" not in cell.source]
     notebook = nbformat.from_dict(notebook | dict(cells=cells))
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -179,13 +184,21 @@ def write_page(site: Path, path: Path, notebook, known: set, formulas: bool, lin
     heading = soup.find("h1")
     title = heading.get_text().rstrip("¶") if heading else path.stem
     root = "../" * (len(name.parts) - 1)
-    told = dict(title=title, root=root, links=links, body=soup, formulas=formulas and "$" in body)
+    told = dict(
+        title=title,
+        root=root,
+        links=links,
+        body=Markup(str(soup)),
+        formulas=formulas and "$" in body,
+    )
     write_file(site / page_of(name), render(**told))
 
 
 def follow(element, key: str, path: Path, site: Path, known: set) -> None:
     """Lead a link to a page, or to a copy of the file it names; what is neither is text."""
     address = urlsplit(element[key])
+    if key == "src" and address.scheme.startswith("http"):  # a page loads nothing from elsewhere
+        element.replace_with(element.get("alt", ""))
     if address.scheme or not address.path:
         return
     target = Path(os.path.normpath(path.parent / unquote(address.path)))
@@ -202,16 +215,17 @@ def card(site: Path, path: Path, notebook, about: dict) -> dict:
     name = path.relative_to(ROOT)
     question = re.search(r"\*\*Question\.\*\* (.*?)(?= \*\*|\n|$)", notebook.cells[0].source)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    first = next(output for output in outputs if "image/png" in output.get("data", {}))
-    picture = name.with_suffix(".png")
-    write_file(site / picture, base64.b64decode(first.data["image/png"]))
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    picture = name.with_suffix(".png") if pictures else None
+    if picture:
+        write_file(site / picture, base64.b64decode(pictures[0].data["image/png"]))
     minutes = {scale: about[scale]["minutes"] for scale in ("quick", "laptop")}
     minutes = {k: v if isinstance(v, str) else f"{v:g} min" for k, v in minutes.items()}
     return dict(
         title=notebook.cells[0].source.splitlines()[0].lstrip("# "),
         question=question[1].replace("*", "") if question else "",
         target=page_of(name).as_posix(),
-        picture=picture.as_posix(),
-        alt=first.metadata["image/png"]["alt"],
+        picture=picture and picture.as_posix(),
+        alt=pictures[0].metadata.get("image/png", {}).get("alt") if pictures else "",
         **minutes,
     )

@@ -12,7 +12,7 @@ from common import ROOT, config, measure, models, optim, report, runs, slimming
 
 LABS = ("Lab1", "Lab2", "Assignment_MobileNet")
 PATHS = sorted(path for lab in LABS for path in (ROOT / lab).glob("*.ipynb"))
-BOOTSTRAP = "common.enter(homes)"
+BOOTSTRAP = "common.enter(homes"
 lessons = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
