@@ -136,6 +136,21 @@ def test_only_a_public_address_is_taken_from_git(origin, found, course_copy):
         course.badges('v1" --upload-pack "x')
 
 
+def test_other_addresses_of_the_project_stay_and_a_strange_one_is_refused(course_copy):
+    file = course_copy / "pyproject.toml"
+    before = file.read_text()
+    own = "\n[project.urls]\nHomepage = \"https://example.com\"\nRepository = 'https://github.com/a/b'\n\n[tool."
+    file.write_text(before.replace("\n[tool.", own, 1))
+    course.badges("v1")
+    assert pages.repository() == ("https://github.com/a/b", "v1")
+    assert 'Homepage = "https://example.com"' in file.read_text() and file.read_text().count("Repository") == 1
+    for address in ("https://gitlab.com/a/b", "https://me:sesame@github.com/a/b", "https://github.com/a/b/tree/main"):
+        file.write_text(before.replace("\n[tool.", f'\n[project.urls]\nRepository = "{address}"\n\n[tool.', 1))
+        with pytest.raises(WorkbookError, match="no public address at github.com; write one") as caught:
+            course.badges()
+        assert "sesame" not in str(caught.value)
+
+
 @pytest.mark.parametrize("below", (".", "Lab1", "Lab1/inner/inner"))
 def test_the_first_cell_finds_the_workbook_above(below, clone):
     home = clone("workbook")
@@ -159,6 +174,13 @@ def test_where_there_is_none_it_is_cloned_once(tag, clone, tmp_path):
         result = run(CELL + USED, empty, WORKBOOK_REPOSITORY=tag + address)
         assert result.stdout == f"used {empty / 'cifar-workbook'}\n", result.stderr
         address = "file:///nowhere"  # the second time it is here
+
+
+def test_a_lesson_of_another_release_is_told(clone):
+    home = clone("workbook")
+    for tag, words in (("v1", ""), ("v2", "This lesson is of release v2, the workbook in")):
+        said = run(CELL, home, WORKBOOK_REPOSITORY=f"--branch {tag} https://github.com/x/y").stdout
+        assert said.startswith(words) and bool(said) == bool(words)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +236,20 @@ def lacking(tmp_path, monkeypatch):
     return {"no-such-package": "no-such-package>=1.0", "nobodys": "nobodys>=2"}
 
 
+def test_a_folder_that_is_named_like_a_package_is_none(lacking, tmp_path, monkeypatch):
+    (tmp_path / "nobodys").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert common.missing() == lacking
+
+
+def test_the_command_to_install_works_from_any_folder(lacking, tmp_path):
+    """requirements.txt names "."; and paths may have spaces."""
+    assert common.install_command().startswith(f'cd "{tmp_path}" && "{sys.executable}" -m pip')
+
+
 def test_what_is_missing_is_named_with_the_command(lacking):
     assert common.missing() == lacking
-    with pytest.raises(WorkbookError, match="not installed: no-such-package, nobodys; .* -m pip install -r .*requirements.txt"):
+    with pytest.raises(WorkbookError, match="not installed: no-such-package, nobodys; .* -m pip install -r requirements.txt"):
         common.enter([])
 
 
@@ -266,17 +299,31 @@ def test_the_doctor_says_how_and_ends_with_a_status(capsys):
     assert capsys.readouterr().out == "[OK]  fine\n"
 
     def broken():
+        yield "found before", None
         raise OSError("something\nstrange")
-        yield
+
+    def lame():
+        import no_such_package
+
+        yield no_such_package
 
     def refused():
         raise WorkbookError("the file is bad; delete it")
         yield
 
     assert doctor.main([broken, check(("bad", "mend it")), refused, check(("fine", None))]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "[OK]  found before"
     assert lines[0] == "[FIX] broken: OSError: something strange" and "report it" in lines[1]
     assert lines[2:] == ["[FIX] bad", "      → mend it", "[FIX] the file is bad", "      → delete it", "[OK]  fine"]
+
+
+def test_the_doctor_lives_without_packages(tmp_path):
+    """A Python that has none of them: each is named, and the command; the status is 1."""
+    code = "import sys; from common import doctor; sys.exit(doctor.main([doctor.packages, doctor.place, doctor.data]))"
+    result = run(code, ROOT, PYTHONPATH=str(ROOT), CIFAR_DIR=str(tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "accelerate is missing; " in result.stdout and result.stdout.count("pip install -r requirements.txt") >= 2
 
 
 @pytest.mark.parametrize(
@@ -390,6 +437,24 @@ def test_the_index_has_the_question_the_time_and_a_picture_of_each_lesson(site):
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the lesson to download"
 
 
+def test_names_and_words_are_escaped_and_pictures_from_elsewhere_are_words(tmp_path, monkeypatch):
+    lab = tmp_path / "lab"
+    lab.mkdir()
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    text = "# One <1> & two\n\n**Question.** Why?\n\n![a cat](https://example.com/cat.png) [gone](gone.md) [near](near.txt)"
+    (lab / "near.txt").write_text("near")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    pages.write_page(tmp_path / "site", lab / "one.ipynb", notebook, set(), False)
+    soup = BeautifulSoup((tmp_path / "site" / "lab" / "one.html").read_text(), "html.parser")
+    assert soup.title.get_text() == "One <1> & two" and not soup.select("img") and "a cat" in soup.get_text()
+    assert [a["href"] for a in soup.main.select("a:not(.anchor-link)")] == ["near.txt"]
+    assert (tmp_path / "site" / "lab" / "near.txt").read_text() == "near"
+    card = pages.card(tmp_path / "site", lab / "one.ipynb", notebook, {"quick": {"minutes": 1}, "laptop": {"minutes": "2 h"}})
+    index = pages.render(title="x", root="", links=[], cards=[card | dict(picture="p.png", alt='the "best"')], scale="quick")
+    assert BeautifulSoup(index, "html.parser").img["alt"] == 'the "best"'
+    assert card["picture"] is None and card["quick"] == "1 min" and card["question"] == "Why?"
+
+
 def test_a_page_is_made_anew_only_if_something_changed(tmp_path, monkeypatch):
     lab = tmp_path / "lab"
     lab.mkdir()
@@ -430,6 +495,11 @@ def test_a_lesson_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "execute", execute)
     with pytest.raises(WorkbookError, match="^Lab1/advanced.ipynb failed"):
         pages.build()
-    assert (tmp_path / "pages" / "index.html").read_text().count("<section>") == len(LESSONS) - 1
+    site = tmp_path / "pages"
+    assert (site / "index.html").read_text().count("<section>") == len(LESSONS) - 1
+    for page in site.rglob("*.html"):
+        for element in BeautifulSoup(page.read_text(), "html.parser").select("a[href]"):
+            address = element["href"].partition("#")[0]
+            assert not address or "//" in address or (page.parent / address).is_file(), f"{page}: {address}"
     with pytest.raises(WorkbookError, match="unknown scale 'big'"):
         pages.build("big")

@@ -1,6 +1,7 @@
 """Data that arrive: from servers that are slow, silent, wrong or cut off, on disks that are full, for two at once."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -81,6 +82,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if way == "missing":
             self.send_error(404)
             return
+        if way == "portal":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(b"<html>please log in</html>" * 100)
+            return
+        if way == "trickle":
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"H")
+                    time.sleep(0.1)
+            return
         if way == "wrong":
             content = b"<html>please log in</html>"
         begun = int(self.headers.get("Range", "bytes=0-")[6:-1]) if way != "forgetful" else 0
@@ -138,7 +151,7 @@ def same(found, arrays):
     return all(np.array_equal(found[key], arrays[key]) for key in sources.KEYS)
 
 
-@pytest.mark.parametrize("bad", ("silent", "slow", "wrong", "missing", "nowhere"))
+@pytest.mark.parametrize("bad", ("silent", "slow", "trickle", "wrong", "portal", "missing", "nowhere"))
 def test_a_bad_mirror_is_given_up_and_the_next_one_asked(bad, server, small_cifar, tmp_path, capsys):
     server.ways(bad, "fast")
     began = time.monotonic()
@@ -172,6 +185,13 @@ def test_what_one_mirror_began_another_ends_also_in_another_process(server, smal
     assert server.asked[-1] == ("fast", "bytes=1000-")
 
 
+def test_a_page_to_log_in_does_not_cost_what_is_here(server, small_cifar, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(server.content[:5000])
+    server.ways("portal", "fast")
+    assert same(sources.cached("cifar10", tmp_path, HASTY), small_cifar[0])
+    assert server.asked[-1] == ("fast", "bytes=5000-")
+
+
 @pytest.mark.parametrize("length", (10, 100, 10**7))
 def test_a_wrong_beginning_does_not_spoil_a_good_mirror(length, server, small_cifar, tmp_path):
     """Shorter than the file, and longer: the download is begun again, from the same server."""
@@ -180,10 +200,48 @@ def test_a_wrong_beginning_does_not_spoil_a_good_mirror(length, server, small_ci
     assert same(sources.cached("cifar10", tmp_path, HASTY), small_cifar[0])
 
 
-def test_a_whole_download_that_was_not_read_yet_is_used(server, small_cifar, tmp_path):
+def test_a_whole_download_that_was_not_read_yet_is_used(server, small_cifar, tmp_path, capsys):
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(server.content)
     server.ways("fast")
     assert same(sources.cached("cifar10", tmp_path, HASTY), small_cifar[0]) and not server.asked
+    assert "from an earlier download" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_unpacked_is_swept_up(server, tmp_path):
+    left = tmp_path / ".cifar-10-batches-py.partial" / "cifar-10-batches-py"
+    left.mkdir(parents=True)
+    (left / "test_batch").write_bytes(b"half")
+    server.ways("fast")
+    sources.cached("cifar10", tmp_path, HASTY)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["cifar10.npz"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator reads everything")
+def test_a_file_that_cannot_be_read_is_named(server, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(server.content)
+    (tmp_path / "cifar-10-python.tar.gz").chmod(0)
+    with pytest.raises(WorkbookError, match="cannot read .*tar.gz.*make it readable"):
+        sources.cached("cifar10", tmp_path, HASTY)
+
+
+def test_no_password_is_shown(server, tmp_path, monkeypatch, capsys):
+    with_password = server.base.replace("//", "//me:sesame@")
+    server.ways("fast")
+    monkeypatch.setattr(sources, "MIRRORS", [f"{with_password}/missing", f"{with_password}/wrong"])
+    with pytest.raises(WorkbookError) as caught:
+        sources.cached("cifar10", tmp_path, HASTY)
+    said = capsys.readouterr()
+    assert "127.0.0.1" in str(caught.value) and "sesame" not in f"{caught.value}{said.out}{said.err}"
+    assert mirrors.public(f"{with_password}/fast/x") == f"{server.base}/fast/x"
+
+
+def test_what_came_from_the_official_archive_is_not_doubted(server, small_cifar, tmp_path, monkeypatch):
+    """Its MD5 was right: the digest, which was made from another copy, is for files that nobody checked."""
+    server.ways("fast")
+    other = dataclasses.replace(sources.SPECS["cifar10"], contents="of another copy")
+    monkeypatch.setitem(sources.SPECS, "cifar10", other)
+    for _ in range(2):
+        assert same(sources.cached("cifar10", tmp_path, HASTY), small_cifar[0])
 
 
 def test_own_address_comes_first(server, tmp_path, monkeypatch):
