@@ -123,6 +123,8 @@ def enter(homes: list, source: str = "") -> None:
     On Colab, what is missing is installed, and nothing that is there is changed. Elsewhere a
     WorkbookError says how to install it.
     """
+    if not homes:
+        print(f"The workbook was cloned to {HOME}.")
     others = {os.path.realpath(home) for home in homes} - {str(HOME)}
     if others:
         print(f"This is the workbook in {HOME}; not used: {', '.join(sorted(others))}.")

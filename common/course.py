@@ -76,7 +76,7 @@ def with_urls(project: str, address: str, tag: str) -> str:
 def addressed(notebook: str, name: str, address: str, tag: str) -> str:
     """The text of a notebook with its badge and its first cell; without address, no badge."""
     told = json.loads(notebook)
-    source = f"--branch {tag} {address}" if tag else address
+    source = f"--branch {tag} {address}" if tag else address or "address-not-known"
     link = f"{COLAB}/github/{address.partition('github.com/')[2]}/blob/{tag or 'main'}/{name}"
     badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})\n\n" if address else ""
     title, _, rest = "".join(told["cells"][0]["source"]).partition("\n\n")

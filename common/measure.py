@@ -153,6 +153,17 @@ def idle_cores(seconds: float = 0.5) -> float:
 
 
 @contextlib.contextmanager
+def threads(number: int):
+    """Compute with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def idle_threads(folder: Path):
     """As many threads as the run had, or as cores are idle; another number that was set wins."""
     # With one for every core, each step waits for the thread that stands beside a busy process.
@@ -160,17 +171,14 @@ def idle_threads(folder: Path):
         yield
         return
     idle = idle_cores()
-    threads, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
+    number, why = min(CORES, max(1, round(idle))), f"{idle:.1f} cores are idle"
     if (folder / "checkpoint.pt").exists():
         with contextlib.suppress(WorkbookError):  # a damaged manifest is written anew
             began = runs.read_manifest(folder / "run.json")["machine"]["threads"]
-            threads, why = min(CORES, began), "as this run began"
-    print(f"threads: {threads}, {why} (OMP_NUM_THREADS sets another number)")
-    torch.set_num_threads(threads)
-    try:
+            number, why = min(CORES, began), "as this run began"
+    print(f"threads: {number}, {why} (OMP_NUM_THREADS sets another number)")
+    with threads(number):
         yield
-    finally:
-        torch.set_num_threads(CORES)
 
 
 def keep_freed_memory() -> None:

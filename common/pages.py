@@ -29,6 +29,9 @@ from common import ROOT, WorkbookError, choose, folder_from, write_file
 from common.params import SCALES, read_yaml
 
 LABS = ("Lab1", "Lab2", "Assignment_MobileNet")
+LAB_PAGES = [
+    (name, f"{lab}/README.html") for name, lab in zip(("Lab 1", "Lab 2", "Assignment"), LABS)
+]
 SITE = Path(__file__).parent / "site"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX = "mathjax@3.2.2"  # draws formulas; under the Apache licence
@@ -85,7 +88,7 @@ def build(scale: str = "quick") -> None:
     for path in others:
         cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
         write_page(site, path, nbformat.v4.new_notebook(cells=[cell]), known, formulas)
-    index = dict(title="CIFAR Workbook", root="", links=[("Reports", "reports/README.html")])
+    index = dict(title="CIFAR Workbook", root="", links=LAB_PAGES)
     write_file(site / "index.html", render(**index, cards=cards, scale=scale))
     print(f"{site / 'index.html'}: {len(cards)} lessons, {len(others)} other pages")
     if failed:
@@ -197,8 +200,9 @@ def write_page(site: Path, path: Path, notebook, known: set, formulas: bool, lin
 def follow(element, key: str, path: Path, site: Path, known: set) -> None:
     """Lead a link to a page, or to a copy of the file it names; what is neither is text."""
     address = urlsplit(element[key])
-    if key == "src" and address.scheme.startswith("http"):  # a page loads nothing from elsewhere
+    if key == "src" and address.netloc:  # a page loads nothing from elsewhere
         element.replace_with(element.get("alt", ""))
+        return
     if address.scheme or not address.path:
         return
     target = Path(os.path.normpath(path.parent / unquote(address.path)))

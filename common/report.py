@@ -132,7 +132,8 @@ def provenance(manifest: dict) -> str:
 
 
 def device_of(machine: dict) -> str:
-    return machine["gpu"] or f"{processor(machine)}, {machine['threads']} threads"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return machine["gpu"] or f"{processor(machine)}, {threads}"
 
 
 def processor(machine: dict) -> str:

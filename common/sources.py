@@ -1,7 +1,4 @@
-"""Where do the images come from, and are they whole? Mirrors, npm, the embedded sample.
-
-`python -m common.sources` fetches both data sets before a lesson needs them.
-"""
+"""Where do the images come from, and are they whole? Mirrors, npm, the embedded sample."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,6 @@
 """The way in: the first cell wherever it may stand, badges, what is missing, the doctor, the pages."""
 
 import ast
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.parse
 from pathlib import Path
 
 import nbformat
@@ -26,7 +27,8 @@ USED = "\nprint('used', common.HOME)"
 def run(code, folder, **environment):
     """A first cell, run as a script: in an environment that has no other way to the workbook."""
     own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORKBOOK_REPOSITORY")}
-    # -S and -E: not even an editable installation is seen.
+    own |= dict(LC_ALL="C")  # git's words are matched
+    # -S: not even an editable installation is seen.
     command = [sys.executable, "-S", "-c", code]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=own | environment)
 
@@ -128,7 +130,14 @@ def test_only_a_public_address_is_taken_from_git(origin, found, course_copy):
     assert pages.repository() == ("https://github.com/someone/some-course", "")
     course.badges("v2.1")
     assert pages.repository() == ("https://github.com/someone/some-course", "v2.1")
+    for path in LESSONS:
+        name = path.relative_to(ROOT)
+        text = (course_copy / name).read_text()
+        assert f"/github/someone/some-course/blob/v2.1/{name.as_posix()})" in text and "--branch v2.1 https" in text
+    fork = ["git", "-C", str(course_copy), "remote", "set-url", "origin", "https://github.com/fork/of-it"]
+    subprocess.run(fork, check=True)
     course.badges()
+    assert pages.repository()[0] == "https://github.com/someone/some-course", "what is written counts"
     assert pages.repository()[1] == "v2.1", "a release stays until another one is named"
     course.badges("")
     assert pages.repository() == ("https://github.com/someone/some-course", "")
@@ -159,6 +168,24 @@ def test_the_first_cell_finds_the_workbook_above(below, clone):
     assert result.stdout == f"used {home}\n", result.stderr
 
 
+def test_the_nearest_workbook_comes_first(clone, tmp_path):
+    """Above the notebook, then beside it, then where Python looks."""
+    far, here, above = clone("far", tmp_path / "x"), clone("here"), tmp_path / "above"
+    clone("aaa", here)
+    clone("beside", above)
+    (tmp_path / "empty").mkdir()
+    for folder, expected in ((here, here), (above, above / "beside"), (tmp_path / "empty", far)):
+        result = run(CELL + USED, folder, PYTHONPATH=str(far))
+        assert result.stdout.endswith(f"used {expected}\n"), result.stderr
+
+
+def test_the_workbook_stays_found_after_a_change_of_folder(clone, tmp_path):
+    address, empty = commit(clone("origin", tmp_path / "far")), tmp_path / "empty"
+    empty.mkdir()
+    result = run(CELL + "\nos.chdir('/')\nimport common.lesson" + USED, empty, WORKBOOK_REPOSITORY=address)
+    assert result.stdout.endswith(f"used {empty / 'cifar-workbook'}\n"), result.stderr
+
+
 def test_of_several_workbooks_it_says_which_one(clone, tmp_path):
     first, second = clone("a"), clone("b")
     result = run(CELL + USED, tmp_path)
@@ -172,7 +199,8 @@ def test_where_there_is_none_it_is_cloned_once(tag, clone, tmp_path):
     empty.mkdir()
     for _ in range(2):
         result = run(CELL + USED, empty, WORKBOOK_REPOSITORY=tag + address)
-        assert result.stdout == f"used {empty / 'cifar-workbook'}\n", result.stderr
+        first = "" if address == "file:///nowhere" else f"The workbook was cloned to {empty / 'cifar-workbook'}.\n"
+        assert result.stdout == f"{first}used {empty / 'cifar-workbook'}\n", result.stderr
         address = "file:///nowhere"  # the second time it is here
 
 
@@ -266,7 +294,7 @@ def test_on_colab_only_what_is_missing_is_installed(lacking, tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "google", raising=False)
     monkeypatch.setattr(common.subprocess, "run", pip)
-    common.enter([])
+    common.enter(["."])
     (command, pins), said = calls[0], capsys.readouterr().out
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
     assert [word for word in command if ">=" in word] == list(lacking.values())
@@ -296,7 +324,7 @@ def check(*found):
 
 def test_the_doctor_says_how_and_ends_with_a_status(capsys):
     assert doctor.main([check(("fine", None))]) == 0
-    assert capsys.readouterr().out == "[OK]  fine\n"
+    assert capsys.readouterr().out.splitlines() == ["[OK]  fine", "This machine is ready."]
 
     def broken():
         yield "found before", None
@@ -315,7 +343,8 @@ def test_the_doctor_says_how_and_ends_with_a_status(capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "[OK]  found before"
     assert lines[0] == "[FIX] broken: OSError: something strange" and "report it" in lines[1]
-    assert lines[2:] == ["[FIX] bad", "      → mend it", "[FIX] the file is bad", "      → delete it", "[OK]  fine"]
+    assert lines[2:-1] == ["[FIX] bad", "      → mend it", "[FIX] the file is bad", "      → delete it", "[OK]  fine"]
+    assert doctor.main([lame]) == 1 and "pip install" in capsys.readouterr().out
 
 
 def test_the_doctor_lives_without_packages(tmp_path):
@@ -347,12 +376,11 @@ def test_the_doctor_names_what_is_missing_and_asks_all_mirrors_at_once(tmp_path,
     monkeypatch.setenv("CIFAR_DIR", str(tmp_path))
     monkeypatch.delenv("CIFAR_URL", raising=False)
     monkeypatch.setattr(sources, "MIRRORS", ["https://a.example/x", "https://b.example", "https://c.example"])
-    started = []
+    started, all_three = [], threading.Barrier(3, timeout=5)
 
     def rate(url, seconds):
         started.append(url)
-        while len(started) < 3:  # each waits for all others
-            pass
+        all_three.wait()  # each waits for the others
         return 2e6 if "b.example" in url else 0
 
     monkeypatch.setattr(mirrors, "rate", rate)
@@ -365,20 +393,57 @@ def test_the_doctor_names_what_is_missing_and_asks_all_mirrors_at_once(tmp_path,
         list(doctor.data())
 
 
-def test_the_doctor_measures(capsys):
-    assert doctor.main([lambda: doctor.speed(0)]) == 0
-    assert int(re.search(r"([\d,]+) images/s", capsys.readouterr().out)[1].replace(",", "")) > 0
+def test_the_doctor_names_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "requirements", lambda: {"no-such-package": "no-such-package>=1"})
+    assert [text for text, mend in doctor.packages() if mend] == ["no-such-package is missing"]
+
+
+def test_the_doctor_looks_at_disk_memory_and_device(tmp_path, monkeypatch):
+    import psutil
+    import torch
+
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    usage, memory = shutil.disk_usage("/")._replace(free=10**9), psutil.virtual_memory()._replace(available=10**9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    (_, fine), (disk, mend) = doctor.place()
+    assert fine is None and "1 GB free" in disk and "RUNS_DIR" in mend and not list((tmp_path / "runs").iterdir())
+    (kind, fine), (free, mend) = doctor.device()
+    assert fine is None and "1.0 GB of memory" in free and mend
+    assert ("no GPU" in kind) == (not torch.cuda.is_available() and not torch.backends.mps.is_available())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file"))
+    with pytest.raises(WorkbookError, match="cannot write"):
+        list(doctor.place())
+
+
+def test_the_doctor_compares_with_the_recorded_run():
+    ((text, mend),) = doctor.speed(0)
+    here, there, minutes = (float(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:images|in its|minutes)", text))
+    manifest = json.loads((ROOT / "reports" / "runs" / f"{doctor.REFERENCE}.json").read_text())
+    assert here > 0 and abs(minutes - manifest["seconds"] / 60) < 1
+    assert abs(there - 45_000 * manifest["epochs"] / manifest["seconds"]) < 0.1 * there, "its images a second"
+    assert bool(mend) == (here < there / 3)
+
+
+def test_the_doctor_ends_with_a_status(tmp_path):
+    (tmp_path / "cifar10.npz").write_bytes(b"nothing")
+    own = os.environ | dict(CIFAR_DIR=str(tmp_path))
+    result = subprocess.run([sys.executable, "-m", "common.doctor"], cwd=ROOT, env=own, capture_output=True, text=True)
+    assert result.returncode == 1 and "[FIX] cannot read" in result.stdout
+    assert result.stdout.count("[OK]") >= 4 and result.stdout.splitlines()[-1].startswith("Something is to be mended")
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 def executed(path):
-    """A lesson's notebook as it might look after a run: one picture, one widget."""
-    notebook = nbformat.read(path, as_version=4)
+    """A lesson's notebook as it might look after a run: a badge, one picture, one widget."""
+    text = course.addressed(path.read_text(), path.relative_to(ROOT).as_posix(), "https://github.com/a/b", "v1")
+    notebook = nbformat.reads(text, as_version=4)
     picture = {"image/png": PIXEL, "text/plain": "a picture"}
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    output = nbformat.v4.new_output("display_data", picture, metadata={"image/png": {"alt": "a <small> picture"}})
+    output = nbformat.v4.new_output("display_data", picture, metadata={"image/png": {"alt": 'a "small" picture'}})
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x", "version_major": 2, "version_minor": 0}}
     cell.outputs = [output, nbformat.v4.new_output("display_data", widget | {"text/plain": "a bar of progress"})]
     return notebook
@@ -388,11 +453,10 @@ def executed(path):
 def site(tmp_path_factory):
     """All pages, of lessons that did not run."""
     folder = tmp_path_factory.mktemp("site")
-    told = folder / "told.ipynb"
 
     def execute(path, scale, kept):
-        nbformat.write(executed(path), told)
-        return told
+        nbformat.write(executed(path), folder / path.name)
+        return folder / path.name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(folder))
@@ -405,16 +469,18 @@ def site(tmp_path_factory):
 def test_every_link_of_the_pages_leads_somewhere(site):
     found = sorted(site.rglob("*.html"))
     assert len(found) == 1 + len(LESSONS) + len(pages.texts())
-    for page in found:
-        soup = BeautifulSoup(page.read_text(), "html.parser")
-        for element in soup.select("a[href]"):
-            address, _, part = element["href"].partition("#")
-            if not re.match("https?:", address):
-                target = page.parent / address if address else page
-                assert target.is_file(), f"{page.name} leads to {element['href']}"
-                if part and target.suffix == ".html":
-                    ids = [each["id"] for each in BeautifulSoup(target.read_text(), "html.parser").select("[id]")]
-                    assert part in ids, f"{page.name} leads to {element['href']}"
+    soups = {page: BeautifulSoup(page.read_text(), "html.parser") for page in found}
+    ids = {page: {each["id"] for each in soup.select("[id]")} for page, soup in soups.items()}
+    for page, soup in soups.items():
+        for element in soup.select("a[href], img[src], script[src]"):
+            address, _, part = (element.get("href") or element["src"]).partition("#")
+            if not re.match("https?:|data:", address) and "mathjax" not in address:
+                target = Path(os.path.normpath(page.parent / address)) if address else page
+                assert target.is_file() and target.stat().st_size, f"{page.name} leads to {address}"
+                assert not part or target not in ids or part in ids[target], f"{page.name} leads to {address}#{part}"
+        inside = {urllib.parse.unquote(a["href"].partition("#")[0]) for a in soup.main.select("a[href]")}
+        sources_too = [address for address in inside if address.endswith((".ipynb", ".md")) and "//" not in address]
+        assert len(sources_too) <= (page.name == "README.html") * 3, "a lesson or report has a page"
 
 
 def test_the_pages_load_nothing_from_elsewhere_and_every_picture_has_words(site):
@@ -432,21 +498,50 @@ def test_the_index_has_the_question_the_time_and_a_picture_of_each_lesson(site):
     cards = soup.select("section")
     assert len(cards) == len(LESSONS)
     for item, (path, about) in zip(cards, pages.lessons().items()):
-        assert str(about["quick"]["minutes"]) in item.get_text() and "?" in item.get_text()
-        assert item.img["alt"] == "a <small> picture" and (site / item.img["src"]).read_bytes()[:4] == b"\x89PNG"
+        name, (quick, laptop) = path.relative_to(ROOT), (about[scale]["minutes"] for scale in ("quick", "laptop"))
+        quick, laptop = (each if isinstance(each, str) else f"{each} min" for each in (quick, laptop))
+        assert item.select_one(".small").get_text() == f"quick: {quick} · laptop: {laptop}"
+        assert {a["href"] for a in item.select("a")} == {name.with_suffix(".html").as_posix()}
+        title, question = (item.select_one(tag).get_text() for tag in ("h2", "p"))
+        first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        assert first.startswith(f"# {title}\n") and question.endswith("?") and question in first.replace("*", "")
+        assert item.img["alt"] == 'a "small" picture' and (site / item.img["src"]).read_bytes()[:4] == b"\x89PNG"
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the lesson to download"
+
+
+def test_a_lesson_leads_to_its_neighbours_and_its_file(site):
+    text = (site / "Lab1" / "advanced.html").read_text()
+    soup = BeautifulSoup(text, "html.parser")
+    links = {a.get_text(): a["href"] for a in soup.nav.select("a")}
+    assert links == {
+        "CIFAR Workbook": "../index.html", "Reports": "../reports/README.html",
+        "Previous": "baseline.html", "Next": "speedrun.html", "Download": "advanced.ipynb",
+    }  # fmt: skip
+    last = BeautifulSoup((site / LESSONS[-1].relative_to(ROOT).with_suffix(".html")).read_text(), "html.parser")
+    assert [a.get_text() for a in last.nav.select("a")][2:] == ["Previous", "Download"]
+    assert "colab-badge.svg" not in text and soup.find("a", string="Open in Colab")["href"].endswith("/v1/Lab1/advanced.ipynb")
+    assert "mathjax/tex-svg.js" in text and "common.enter" not in text
+    others = {a["href"] for a in BeautifulSoup((site / "index.html").read_text(), "html.parser").nav.select("a")}
+    assert {f"{lab}/README.html" for lab in pages.LABS} < others
+
+
+def test_without_npm_formulas_stay_and_it_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pages.mathjax(tmp_path / "site") is False and "npm cannot fetch" in capsys.readouterr().out
+    assert not (tmp_path / "site").exists()
 
 
 def test_names_and_words_are_escaped_and_pictures_from_elsewhere_are_words(tmp_path, monkeypatch):
     lab = tmp_path / "lab"
     lab.mkdir()
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    text = "# One <1> & two\n\n**Question.** Why?\n\n![a cat](https://example.com/cat.png) [gone](gone.md) [near](near.txt)"
+    pictures = "![a cat](https://example.com/cat.png) ![a dog](//example.com/dog.png)"
+    text = f"# One <1> & two\n\n**Question.** Why?\n\n{pictures} [gone](gone.md) [near](near.txt)"
     (lab / "near.txt").write_text("near")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     pages.write_page(tmp_path / "site", lab / "one.ipynb", notebook, set(), False)
     soup = BeautifulSoup((tmp_path / "site" / "lab" / "one.html").read_text(), "html.parser")
-    assert soup.title.get_text() == "One <1> & two" and not soup.select("img") and "a cat" in soup.get_text()
+    assert soup.title.get_text() == "One <1> & two" and not soup.select("img") and "a cat a dog" in soup.get_text()
     assert [a["href"] for a in soup.main.select("a:not(.anchor-link)")] == ["near.txt"]
     assert (tmp_path / "site" / "lab" / "near.txt").read_text() == "near"
     card = pages.card(tmp_path / "site", lab / "one.ipynb", notebook, {"quick": {"minutes": 1}, "laptop": {"minutes": "2 h"}})
@@ -465,11 +560,13 @@ def test_a_page_is_made_anew_only_if_something_changed(tmp_path, monkeypatch):
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "x.py").write_text("1")
 
+    status, scales = [0], []
+
     def papermill(command, **options):
         calls.append(options["env"]["RUNS_DIR"])
-        with contextlib.suppress(StopIteration):
-            Path(next(word for word in command if "draft" in word)).write_text("{}")
-        return subprocess.CompletedProcess(command, 0, "", "")
+        scales.append(command[command.index("scale") + 1] if "scale" in command else "quick")
+        Path(next(word for word in command if "draft" in word)).write_text(json.dumps({"ran in": calls[-1]}))
+        return subprocess.CompletedProcess(command, status[0], "", "many lines\nWorkbookError: epochs=0")
 
     monkeypatch.setattr(pages.subprocess, "run", papermill)
     made = [pages.execute(lesson, "quick", tmp_path / "kept") for _ in range(2)]
@@ -479,11 +576,23 @@ def test_a_page_is_made_anew_only_if_something_changed(tmp_path, monkeypatch):
         pages.execute(lesson, "quick", tmp_path / "kept")
     assert len(set(calls)) == 4, "each in a folder of its own"
     assert len(list((tmp_path / "kept").iterdir())) == 1, "what is old goes"
+    assert "tmp" not in next((tmp_path / "kept").iterdir()).read_text(), "no path of this machine"
+    (lab / "experiment.py").write_text("1")
+    quick, laptop = (pages.execute(lesson, scale, tmp_path / "kept") for scale in ("quick", "laptop"))
+    assert quick != laptop and quick.exists() and scales == ["quick"] * 5 + ["laptop"]
+    other = pages.execute(lesson.rename(lab / "two.ipynb"), "quick", tmp_path / "kept")
+    assert quick.exists() and other.exists(), "each lesson has its own"
+    status[0] = 1
+    (lab / "two.ipynb").write_text("broken")
+    with pytest.raises(WorkbookError, match="two.ipynb failed: WorkbookError: epochs=0$"):
+        pages.execute(lab / "two.ipynb", "quick", tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 3, "what failed is not kept"
 
 
 def test_a_lesson_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(pages, "mathjax", lambda site: False)
+    monkeypatch.setattr(pages, "texts", lambda: [ROOT / name / "README.md" for name in (*pages.LABS, "reports")])
     told = tmp_path / "told.ipynb"
     nbformat.write(executed(LESSONS[0]), told)
 

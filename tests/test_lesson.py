@@ -92,7 +92,7 @@ def test_the_first_cell_shows_the_settings_that_count(start, seen, places):
     text = seen[0].data
     for part in ("**laptop**", "2 to 3 hours", "`lam` | 0.125", "`momentum` | 0.7", "`epochs` | 9", "`augment` | flip"):
         assert part in text
-    assert str(places / "runs") in text and "threads" in text and "secret" not in text and "None" not in text
+    assert str(places / "runs") in text and "thread" in text and "secret" not in text and "None" not in text
     start()
     assert "expected time: 1 min" in seen[1].data and "`epochs` | 3" in seen[1].data
 

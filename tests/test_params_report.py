@@ -63,7 +63,7 @@ def test_the_history_of_another_run_stays_out(manifest, tmp_path, monkeypatch):
 def test_a_run_of_two_machines_names_both(manifest):
     other = manifest["machine"] | dict(cpu="y", threads=1)
     parts = [dict(machines=[manifest["machine"]]), dict(machines=[other])]
-    assert "min on x, 2 threads, then on y, 1 threads, torch" in report.provenance(manifest | dict(parts=parts))
+    assert "min on x, 2 threads, then on y, one thread, torch" in report.provenance(manifest | dict(parts=parts))
 
 
 def test_columns_say_what_they_hold():

