@@ -130,7 +130,8 @@ def enter(homes: list, source: str = "") -> None:
         print(f"This is the workbook in {HOME}; not used: {', '.join(sorted(others))}.")
     release = re.match(r"--branch (\S+)", source)
     project = HOME / "pyproject.toml"
-    if release and project.exists() and f'/tree/{release[1]}"' not in project.read_text():
+    told = project.read_text(encoding="utf-8") if project.exists() else ""
+    if release and told and f'/tree/{release[1]}"' not in told:
         print(f"This lesson is of release {release[1]}, the workbook in {HOME} of another one.")
     colab = importlib.util.find_spec("google") and importlib.util.find_spec("google.colab")
     if lacking := missing():
