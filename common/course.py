@@ -10,7 +10,7 @@ import sys
 
 import tyro
 
-from common import ROOT, WorkbookError, pages, write_file
+from common import ROOT, WorkbookError, classroom, pages, write_file
 
 FIRST_CELL = """\
 import os  # This cell finds the workbook, or clones it; it is the same in all lessons.
@@ -90,7 +90,13 @@ def addressed(notebook: str, name: str, address: str, tag: str) -> str:
 if __name__ == "__main__":
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"badges": badges, "pages": pages.build}, prog="python -m common.course"
+            {
+                "badges": badges,
+                "pages": pages.build,
+                "student": tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(classroom.student),
+                "grade": tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(classroom.grade),
+            },
+            prog="python -m common.course",
         )
     except WorkbookError as error:
         sys.exit(f"error: {error}")

@@ -9,7 +9,7 @@ from common import ROOT
 # From top to bottom; a room imports only rooms of lower rows.
 ROWS = (
     ("course", "doctor"),
-    ("pages",),
+    ("pages", "classroom", "grading"),
     ("lesson",),
     ("widgets",),
     ("sweep",),
@@ -26,7 +26,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 193_000  # all rooms but models/
+BYTES = 201_500  # all rooms but models/
 
 
 def room_of(path):
