@@ -15,7 +15,7 @@ from typing import get_type_hints
 
 from IPython.display import Markdown, display
 
-from common import ROOT, WorkbookError, choose, measure, plots, report, runs
+from common import ROOT, WorkbookError, choose, measure, plots, report, runs, widgets
 from common.config import FIELDS, TrainConfig
 from common.models import KINDS, MODELS
 from common.params import SCALES, mapping, name, number, one_of, read_yaml, switch, text, whole
@@ -166,6 +166,14 @@ def figure(key: str, ax, alt: str) -> None:
     picture = plots.picture(ax, alt)
     display(picture)
     _keep(("figure", key), picture)
+
+
+def turn(key: str, draw, alt: str, **sliders) -> None:
+    """Sliders over a picture (see `widgets.turn`), below its first state as a figure."""
+    ax, said = draw(**{name: first for name, (_, first) in sliders.items()})
+    figure(key, ax, alt)
+    display(Markdown(said))
+    widgets.turn(draw, alt, **sliders)
 
 
 def live(key: str) -> plots.Live:

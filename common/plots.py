@@ -67,10 +67,13 @@ def bands(groups: dict, key: str = "val_accuracy", ylabel: str | None = None, ax
     return _finish(ax, "epoch", ylabel or key.replace("_", " "))
 
 
-def picture(ax, alt: str) -> Image:
-    """The figure of an axes, or a figure, as a PNG; `alt` says what is to be seen in it."""
+def picture(ax, alt: str, tight: bool = True) -> Image:
+    """The figure of an axes, or a figure, as a PNG; `alt` says what is to be seen in it.
+
+    Not `tight`, its size is that of the figure, whatever is drawn.
+    """
     buffer, figure = io.BytesIO(), getattr(ax, "figure", ax)
-    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, dpi=110, bbox_inches="tight" if tight else None)
     plt.close(figure)
     return Image(buffer.getvalue(), alt=alt, metadata=dict(alttext=alt))
 
@@ -120,6 +123,16 @@ def gamma_layers(values: dict, low: float = 1e-6, ax=None):
     small = {name: float((v.abs() < 1e-2).float().mean()) for name, v in values.items()}
     _name(ax.set_xticks, [f"{name} ({share:.0%} < 0.01)" for name, share in small.items()])
     return _finish(ax, "layer (share of its gammas below 0.01)", "|gamma|", yscale="log")
+
+
+def cut(values, ratio: float, low: float = 1e-6, ax=None):
+    """Sorted |values| on a log axis; those that a ratio removes in red, left of the cut."""
+    ax, ordered = _axes(ax), _raised(values, low).sort().values
+    gone = round(ratio * len(ordered))
+    ax.plot(range(gone), ordered[:gone], ".", color="tab:red", markersize=3, label="removed")
+    ax.plot(range(gone, len(ordered)), ordered[gone:], ".", markersize=3, label="kept")
+    ax.axvline(gone, color="black", linestyle="--")
+    return _finish(ax, "channels, sorted", "|gamma|", yscale="log")
 
 
 def channels(before: dict, after: dict, ax=None):

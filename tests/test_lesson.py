@@ -1,12 +1,14 @@
 """How a lesson starts and what it leaves: parameters, settings, what was shown, the report."""
 
+import io
 import json
 import re
 
 import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
-from common import ROOT, WorkbookError, config, lesson, plots, report
+from common import ROOT, WorkbookError, config, lesson, plots, report, widgets
 
 CELL = """scale: str = "quick"  # "quick", "laptop" or "full"
 ratio: float = 0.5
@@ -281,3 +283,33 @@ def test_nothing_shown_in_two_cells_has_one_name(path):
     calls = [set(re.findall(r"lesson\.(figure|table|say|live)\(\s*\"([^\"]+)", source)) for source in code]
     names = [("figure" if kind == "live" else kind, name) for found in calls for kind, name in found]
     assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
+
+
+def test_a_slider_redraws_keeps_what_it_drew_and_closes_its_figures():
+    calls = []
+
+    def draw(a, b):
+        calls.append((a, b))
+        ax = plots.plt.subplots(figsize=(3, 2))[1]
+        ax.plot([a, b])
+        return ax, f"{a} < {b}"
+
+    box = widgets.turn(draw, "a line", a=([1, 2, 3], 2), b=([0.5, 1.5], 1.5))
+    *sliders, sentence, picture = box.children
+    first = picture.value
+    assert calls == [(2, 1.5)] and sentence.value == "2 &lt; 1.5" and first[:4] == b"\x89PNG"
+    sliders[0].value = 3
+    assert calls[-1] == (3, 1.5) and sentence.value == "3 &lt; 1.5" and picture.value != first
+    sliders[0].value = 2
+    assert len(calls) == 2 and picture.value == first, "drawn once"
+    assert not plots.plt.get_fignums(), "no figure stays open"
+    assert all(not slider.continuous_update for slider in sliders), "it draws when the hand lets go"
+    assert {Image.open(io.BytesIO(data)).size for data in (first, picture.value)} == {(330, 220)}
+
+
+def test_above_a_slider_stands_its_first_state(start, seen):
+    start()
+    shown = []
+    draw = lambda a: (shown.append(a) or plots.plt.subplots()[1], f"value {a}")
+    lesson.turn("turned", draw, "what is to be seen", a=([1, 2], 2))
+    assert ("figure", "turned") in lesson.now.shown and shown == [2, 2]

@@ -109,6 +109,22 @@ def test_the_lesson_runs_to_its_end_in_jupyterlab(ran):
     assert "report:" in ran.locator(".jp-CodeCell").last.inner_text()
 
 
+def test_a_slider_redraws_its_picture_in_place(ran):
+    """The hand moves it one step: other numbers, another picture, of the same height; nothing beside it."""
+    box = ran.locator(".widget-vbox").last
+    box.scroll_into_view_if_needed()
+    sentence, picture = box.locator(".widget-html-content").first, box.locator("img")
+    before = sentence.inner_text(), picture.get_attribute("src"), picture.bounding_box()["height"]
+    box.locator(".noUi-handle").first.focus()
+    ran.keyboard.press("ArrowRight")
+    sync_api.expect(sentence).not_to_have_text(before[0], timeout=10_000)
+    assert "MACs" in sentence.inner_text() and picture.get_attribute("src") != before[1]
+    assert picture.bounding_box()["height"] == before[2]
+    ran.screenshot(path=SCREENS / "slider.png")
+    ran.keyboard.press("ArrowLeft")
+    sync_api.expect(sentence).to_have_text(before[0], timeout=10_000)
+
+
 def test_nothing_is_clipped_in_jupyterlab(ran):
     """A table or picture that is wider than its cell would be cut off, or need a second scroll bar."""
     wide = """() => [...document.querySelectorAll(".jp-OutputArea table, .jp-MarkdownOutput table, .jp-OutputArea img")]
