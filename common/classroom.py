@@ -13,7 +13,8 @@ from common import ROOT, WorkbookError, choose, folder_from, write_file
 
 LIMIT = 180  # seconds a cell of a hand-in may take
 GRADING = Path(__file__).parent / "grading"
-SHARED = ("common", "requirements.txt", "pyproject.toml", "LICENSE", "reports/runs")
+SHARED = ("common", "requirements.txt", "pyproject.toml", "LICENSE")
+RECORDED = ("reports/runs", "reports/weights")  # what lessons load in place of training
 KEPT_PRIVATE = ("__pycache__", "grading", "classroom.py", "course.py", "pages.py", "site")
 
 
@@ -58,7 +59,7 @@ def student(lab: str) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     ignore = shutil.ignore_patterns(*KEPT_PRIVATE)
     (draft / lab).mkdir(parents=True)
-    for name in filter(lambda name: (ROOT / name).exists(), SHARED):
+    for name in filter(lambda name: (ROOT / name).exists(), SHARED + RECORDED):
         copy = partial(shutil.copytree, ignore=ignore) if (ROOT / name).is_dir() else shutil.copy
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, draft / name)

@@ -125,13 +125,13 @@ def gamma_layers(values: dict, low: float = 1e-6, ax=None):
     return _finish(ax, "layer (share of its gammas below 0.01)", "|gamma|", yscale="log")
 
 
-def cut(values, ratio: float, low: float = 1e-6, ax=None):
-    """Sorted |values| on a log axis; those that a ratio removes in red, left of the cut."""
-    ax, ordered = _axes(ax), _raised(values, low).sort().values
-    gone = round(ratio * len(ordered))
-    ax.plot(range(gone), ordered[:gone], ".", color="tab:red", markersize=3, label="removed")
-    ax.plot(range(gone, len(ordered)), ordered[gone:], ".", markersize=3, label="kept")
-    ax.axvline(gone, color="black", linestyle="--")
+def cut(scores: dict, masks: dict, low: float = 1e-6, ax=None):
+    """Sorted |scores| on a log axis, a dot a channel; those that the masks remove in red."""
+    ax, values = _axes(ax), _raised(torch.cat(list(scores.values())), low)
+    order = values.argsort()
+    kept, at = torch.cat(list(masks.values())).cpu()[order], torch.arange(len(order))
+    for label, chosen, color in (("removed", ~kept, "tab:red"), ("kept", kept, "tab:blue")):
+        ax.plot(at[chosen], values[order][chosen], ".", color=color, markersize=3, label=label)
     return _finish(ax, "channels, sorted", "|gamma|", yscale="log")
 
 

@@ -45,6 +45,9 @@ def home(tmp_path_factory):
     (home / "Toy" / "README.md").write_text("what the instructor knows")
     (home / "Toy" / "settings.yaml").write_text("toy: {}\n")
     (home / "common").mkdir()
+    for name in ("reports/runs/a.json", "reports/weights/a.pt", "reports/a.md"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("recorded")
     for name in ("helper.py", "course.py"):
         (home / "common" / name).write_text("# " + name)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +64,8 @@ def edition(home):
 
 def test_a_students_folder_works_alone_and_tells_nothing(edition):
     found = sorted(str(path.relative_to(edition)) for path in edition.rglob("*") if path.is_file())
-    assert found == ["README.md", "Toy/settings.yaml", "Toy/toy.ipynb", "common/helper.py"]
+    recorded = ["reports/runs/a.json", "reports/weights/a.pt"]
+    assert found == ["README.md", "Toy/settings.yaml", "Toy/toy.ipynb", "common/helper.py", *recorded]
     text = "".join((edition / name).read_text() for name in found)
     assert SOLUTION not in text and OURS not in text and "what the instructor knows" not in text
     assert "YOUR CODE HERE" in text and "`toy.ipynb`" in text and "{" not in (edition / "README.md").read_text()

@@ -6,6 +6,7 @@ import re
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from PIL import Image
 
 from common import ROOT, WorkbookError, config, lesson, plots, report, widgets
@@ -313,3 +314,13 @@ def test_above_a_slider_stands_its_first_state(start, seen):
     draw = lambda a: (shown.append(a) or plots.plt.subplots()[1], f"value {a}")
     lesson.turn("turned", draw, "what is to be seen", a=([1, 2], 2))
     assert ("figure", "turned") in lesson.now.shown and shown == [2, 2]
+
+
+def test_a_cut_shows_what_the_masks_remove_wherever_it_stands():
+    """Not the lowest of all: a mask of every layer may keep a low score and remove a high one."""
+    scores = {"a": torch.tensor([0.1, 0.2]), "b": torch.tensor([0.01, 0.5])}
+    masks = {"a": torch.tensor([False, True]), "b": torch.tensor([True, False])}
+    removed, kept = plots.cut(scores, masks).lines
+    assert removed.get_ydata().tolist() == pytest.approx([0.1, 0.5])
+    assert kept.get_ydata().tolist() == pytest.approx([0.01, 0.2])
+    assert removed.get_xdata().tolist() == [1, 3] and kept.get_xdata().tolist() == [0, 2]
