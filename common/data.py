@@ -86,6 +86,14 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
     return Split(train[~held], train[held], test, spec, tuple(names))
 
 
+def labels(name: str) -> Tensor:
+    """Labels (N,), uint8, of the test images that recorded answers belong to; needs no images."""
+    path = folder_from("REPORTS_DIR", "reports") / "runs" / f"{name}-labels.bin"
+    if not path.is_file():
+        raise WorkbookError(f"{path} is missing; restore it (git checkout)")
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
 def check_val(val: int | None, spec: Spec) -> int:
     """The number of validation images, by default the data set's; WorkbookError if not legal."""
     whole(1)("val", val := spec.default_val if val is None else val)

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import io
+import json
 import os
 import platform
 import re
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import ROOT, WorkbookError, runs
+from common import ROOT, WorkbookError, runs, write_file
 from common.models.files import deployable, torch_bytes
 from common.models.groups import Whiten
 from common.optim import image_sizes
@@ -118,6 +119,26 @@ def profile(model: nn.Module, repeats: int = 50) -> dict:
         row[f"latency_{n}"] = ms["median"]
         row[f"range_{n}"] = f"{ms['p10']:.3g} to {ms['p90']:.3g}"
     return row | dict(bytes=file_bytes(model))
+
+
+def once(run: str, key: str, find, *arguments, again=False, keep=False):
+    """What `find(*arguments)` measures of a run, a JSON value: from its manifest, or now.
+
+    `key` names all that the value depends on. `again`: measure it all the same; `keep`: in the
+    manifest, with the machine.
+    """
+    manifest, path = runs.load_manifest(run), runs.file_of(run, "run.json")
+    kept = manifest.get("measured", {})
+    if key in kept and not again:
+        where = f"{kept[key]['machine']['cpu']} {kept[key]['machine']['instructions']}"
+        print(f"{key} of {run}: recorded, on {where}")
+        return kept[key]["found"]
+    found = find(*arguments)
+    if keep and path.is_file():
+        kept[key] = dict(found=found, machine=machine())
+        manifest = runs.read_manifest(path) | dict(measured=kept)
+        write_file(path, json.dumps(manifest, indent=1) + "\n")
+    return found
 
 
 def machine(device="cpu") -> dict:

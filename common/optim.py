@@ -97,6 +97,22 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
 
 
+def gamma_rates(config, images: int) -> list:
+    """The learning rate of the gammas in each step of a training on so many images."""
+    steps = -(-images // config.batch_size) * config.epochs
+    peak = config.lr_other if config.optimizer == "muon" else config.lr
+    factors = (lr_factor(t, steps, 0, config.schedule) for t in range(steps))
+    return [peak * config.lr_gamma * factor for factor in factors]
+
+
+def reach(lam: float, rates: list, momentum: float) -> float:
+    """How far SGD with momentum and an L1 penalty can move a gamma that the loss does not defend.
+
+    rates: the gammas' learning rate in each step.
+    """
+    return lam / (1 - momentum) * sum(rates)
+
+
 def lr_factor(step, total, warmup=0, schedule="cosine", milestones=(0.5, 0.75)) -> float:
     """Share of the peak learning rate at `step` of `total`: linear warm-up, then the schedule."""
     if step < warmup:

@@ -145,11 +145,12 @@ def channels(before: dict, after: dict, ax=None):
     return _finish(ax, "prune group", "channels")
 
 
-def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
-    """A square tensor as colours (rows `ylabel`), with its numbers where there are ≤ 20 rows."""
+def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None, columns=None):
+    """A tensor as colours, with its numbers where there are ≤ 20 rows; `columns`: as `labels`."""
     n = len(values)
     ax = _axes(ax, 5.5, 5)
-    picture = ax.imshow(values, cmap="Blues", vmin=0)
+    aspect = "auto" if columns else "equal"
+    picture = ax.imshow(values, cmap="Blues", vmin=0, aspect=aspect)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if n > 20:
         ax.figure.colorbar(picture, ax=ax, shrink=0.8)
@@ -159,7 +160,7 @@ def matrix(values, labels=None, xlabel="predicted", ylabel="true", ax=None):
     for (i, j), value in np.ndenumerate(values.numpy()):
         color = "white" if value > values.max() / 2 else "black"
         ax.text(j, i, form.format(value), color=color, **style)
-    _name(ax.set_xticks, labels or range(n))
+    _name(ax.set_xticks, columns or labels or range(n))
     _name(ax.set_yticks, labels or range(n), 0)
     return ax
 
@@ -191,6 +192,13 @@ def sweep(x, lines: dict, xlabel: str, ylabel="accuracy", chance=None, ax=None):
     if chance is not None:
         ax.axhline(chance, color="gray", linestyle=":", label=f"chance ({chance:.0%})")
     return _finish(ax, xlabel, ylabel)
+
+
+def points(gamma, rise, label: str, ax=None, low: float = 1e-6):
+    """Rise of the loss against |gamma|, a dot a channel."""
+    ax = _axes(ax)
+    ax.plot([max(value, low) for value in gamma], rise, ".", alpha=0.6, label=label)
+    return _finish(ax, "|gamma|", "rise of the loss without it", xscale="log")
 
 
 def tradeoff(series: dict, xlabel="MACs (millions)", ylabel="test accuracy (%)", ax=None):

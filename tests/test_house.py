@@ -11,7 +11,7 @@ ROWS = (
     ("course", "doctor"),
     ("pages", "classroom", "grading"),
     ("lesson",),
-    ("widgets",),
+    ("widgets", "exercise"),
     ("sweep",),
     ("cli",),
     ("train",),

@@ -30,10 +30,12 @@ def words(text):
 
 @lessons
 def test_cells_are_short(path):
-    """Code cells: 20 lines of 88 columns; text cells after the first: 150 words."""
-    code = [source for source, _ in cells_of(path, "code")]
-    lines = [line for source in code for line in source.splitlines()]
+    """Code cells: 20 lines of 88 columns (exercises and checks 28); text cells: 150 words."""
+    cells = cells_of(path, "code")
+    code = [source for source, told in cells if "nbgrader" not in told]
+    lines = [line for source, _ in cells for line in source.splitlines()]
     assert max(len(source.splitlines()) for source in code) <= 20
+    assert max(len(source.splitlines()) for source, _ in cells) <= 28
     assert not [line for line in lines if len(line) > 88 or "fmt:" in line]
     other = ("assert ", BOOTSTRAP, "scale: str")  # checks, and how a lesson begins
     rest = [source.splitlines() for source in code if not any(map(source.__contains__, other))]
@@ -41,6 +43,13 @@ def test_cells_are_short(path):
     assert statistics.median(long) <= 6, "half of the code cells are short"
     texts = [source for source, _ in cells_of(path, "markdown")][1:]
     assert not [text[:60] for text in texts if words(text) > 150]
+
+
+@lessons
+def test_what_is_folded_is_an_answer_or_a_hint(path):
+    for text, metadata in cells_of(path, "markdown"):
+        hint = text.startswith("<details><summary>Hint</summary>")
+        assert ("<details" in text) == ("answer" in metadata or hint), text[:80]
 
 
 @lessons
@@ -68,7 +77,7 @@ def test_every_lesson_begins_and_ends_alike():
 
 
 NUMBER = re.compile(r"(?<![\w.,^-])[+−–-]?\.?\d[\d,]*(?:\.\d+)?")
-ANSWERS = [(path, text, metadata) for path in PATHS for text, metadata in cells_of(path, "markdown") if "<details" in text]
+ANSWERS = [(path, text, metadata) for path in PATHS for text, metadata in cells_of(path, "markdown") if "answer" in metadata]
 answers = pytest.mark.parametrize("path,text,metadata", ANSWERS, ids=[f"{path.stem}-{i}" for i, (path, *_) in enumerate(ANSWERS)])
 SOURCE = re.compile(r"^\*?(?:Runs?: |From |Computed in this lesson)[^*]*\*?$|\*(?:Runs?: |From |Computed in)[^*]*\*", re.M)
 
@@ -112,6 +121,16 @@ def params(name, **arguments):
     return measure.params(models.build(name, **arguments))
 
 
+def measured(name, key):
+    """What was measured of a run, by the beginning of its key."""
+    return next(kept["found"] for k, kept in manifest(name)["measured"].items() if k.startswith(key))
+
+
+def swept(name, ratio):
+    """The row of a run's sweep at a ratio."""
+    return next(row for row in measured(name, "sweep") if row["ratio"] == ratio)
+
+
 def mean(values):
     return sum(values) / len(values)
 
@@ -131,7 +150,7 @@ def reach(images, **settings):
     return told.lam / (1 - told.momentum) * sum(rates)
 
 
-KNOWN = [history, manifest, seeds, best, macs, params, gammas, reach, mean, min, max, sum, abs, round, len, sorted, next]
+KNOWN = [history, manifest, measured, swept, seeds, best, macs, params, gammas, reach, mean, min, max, sum, abs, round, len, sorted, next]
 KNOWN = {function.__name__: function for function in KNOWN} | dict(paired=None, report=report)
 
 
