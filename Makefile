@@ -1,5 +1,6 @@
-# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make data | make pages | make badges | make doctor | make bench | make clean
+# make demo | make test | make lab1|lab2|assignment SCALE=quick|laptop|full | make report | make data | make pages | make badges | make student|grade|course-check LAB=Lab2 | make doctor | make bench | make clean
 SCALE ?= quick
+LAB ?= Lab2
 VENV ?= .venv
 RUNS_DIR ?= runs
 PYTHON ?= python3
@@ -9,7 +10,7 @@ LAB2 := sparsity_train modelprune train_prune_model
 export RUNS_DIR
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: demo test test-long lab1 lab2 assignment report data pages badges doctor bench clean
+.PHONY: demo test test-long lab1 lab2 assignment report data pages badges student grade course-check doctor bench clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
@@ -68,6 +69,18 @@ pages: $(VENV)/installed
 # The repository's address, written into every lesson; make badges TAG=v1.0 before that release.
 badges: $(VENV)/installed
 	$(BIN)/python -m common.course badges $(if $(TAG),--tag $(TAG))
+
+# The student's edition of a lab, without solutions, in $(RUNS_DIR)/course/student; see TEACHING.md.
+student: $(VENV)/installed
+	@$(BIN)/python -m common.course student $(LAB)
+
+# Grades and feedback for what lies in $(RUNS_DIR)/course/submitted; runs code that others wrote.
+grade: $(VENV)/installed
+	@$(BIN)/python -m common.course grade $(LAB)
+
+# Five made-up hand-ins of a lab, graded in a temporary folder: does each get the points it should?
+course-check: $(VENV)/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.course_check $(LAB)
 
 doctor: $(VENV)/installed
 	@$(BIN)/python -m common.doctor || true

@@ -1,7 +1,9 @@
 """How is a lab handed out and graded? nbgrader does it; this sees to folders and failures."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,13 +107,17 @@ def grade(lab: str) -> Path:
         theirs = folder() / "submitted" / name / lab
         told = [trouble(theirs / path.name, path) for path in notebooks]
         problems[name] = "; ".join(filter(None, told))
+        forget(lab, name)
+        shutil.rmtree(folder() / "feedback" / name / lab, ignore_errors=True)
         if not any((theirs / path.name).exists() for path in notebooks):
             continue
-        done = nbgrader("autograde", lab, f"--student={name}", "--force", limit)
-        if done.returncode:
-            problems[name] = problems[name] or last_error(done)
-        else:
-            nbgrader("generate_feedback", lab, f"--student={name}", "--force")
+        for path in notebooks:
+            if (theirs / path.name).exists():
+                which = (f"--student={name}", f"--notebook={path.stem}")
+                done = nbgrader("autograde", lab, *which, "--force", limit)
+                if done.returncode and not problems[name]:
+                    problems[name] = f"{path.name} cannot be graded: {last_error(done)}"
+        nbgrader("generate_feedback", lab, f"--student={name}", "--force")
     grades = folder() / "grades.csv"
     done = nbgrader("export", f"--to={grades}")
     if done.returncode:
@@ -121,6 +127,18 @@ def grade(lab: str) -> Path:
             print(f"{name}: {problem}")
     print(f"{grades}: {len(handed_in)} handed in; a page each in {folder() / 'feedback'}")
     return grades
+
+
+def forget(lab: str, name: str) -> None:
+    """An earlier hand-in's points by autograding do not stand for one that cannot be graded."""
+    from nbgrader.api import Gradebook, MissingEntry
+
+    book = Gradebook(f"sqlite:///{folder() / 'gradebook.db'}")
+    with book, contextlib.suppress(MissingEntry):
+        for notebook in book.find_submission(lab, name).notebooks:
+            for each in notebook.grades:
+                each.auto_score = 0
+        book.db.commit()
 
 
 def trouble(theirs: Path, ours: Path) -> str:
@@ -159,6 +177,6 @@ def nbgrader(*words) -> subprocess.CompletedProcess:
 def last_error(done: subprocess.CompletedProcess) -> str:
     """The line of nbgrader's output that says most: of an exception, or of its log."""
     lines = [line.strip() for line in done.stderr.splitlines()]
-    named = [line for line in lines if "Error: " in line or "Exception" in line]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     logged = [line.partition("| ERROR] ")[2] for line in lines if "| ERROR] " in line]
     return (named or logged or lines or ["no message"])[-1]

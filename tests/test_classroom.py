@@ -109,6 +109,12 @@ def grades(home):
         hand_in(home, "perfect", write("def double(x):\n    return x + x"))
         hand_in(home, "loops", write("while True:\n    pass"))
         hand_in(home, "easier", easier)
+        hand_in(home, "warns", write("import warnings\n\ndef double(x):\n    warnings.warn('twice')\n    return 2 * x"))
+        hand_in(home, "own-common", write("from common.own import double"))
+        own = home / "runs" / "course" / "submitted" / "own-common" / "Toy" / "common"
+        own.mkdir()
+        (own / "__init__.py").write_text("")
+        (own / "own.py").write_text("def double(x):\n    return 2 * x")
         hand_in(home, "deleted", lambda cells: cells.pop(2))
         hand_in(home, "copied", copied)
         for name, content in (("no-notebook", "this is no notebook"), ("empty", None)):
@@ -158,6 +164,17 @@ def test_points_given_by_hand_stay_when_the_lab_is_graded_again(home, grades):
     path = classroom.grade("Toy")
     row = next(line for line in path.read_text().splitlines() if ",perfect," in line)
     assert ",5.0," in row
+
+
+def test_points_of_an_earlier_hand_in_do_not_stand_for_a_broken_one(home, grades):
+    place = home / "runs" / "course" / "submitted" / "perfect" / "Toy" / "toy.ipynb"
+    place.write_text("this is no notebook")
+    row = next(line for line in classroom.grade("Toy").read_text().splitlines() if ",perfect," in line)
+    assert ",3.0," in row and not list((home / "runs" / "course" / "feedback" / "perfect").rglob("*.html"))
+
+
+def test_a_warning_costs_no_points_and_a_students_package_is_not_used(grades):
+    assert grades["warns"] == 2 and grades["own-common"] == 0
 
 
 def test_bad_input_is_one_line(home, tmp_path, monkeypatch):

@@ -381,3 +381,18 @@ def test_no_picture_is_named(tmp_path, monkeypatch):
 def test_unknown_augmentation_is_rejected(name, sample):
     with pytest.raises(WorkbookError, match="augmentation"):
         Loader(sample.train, sample.spec, 8, (name,))
+
+
+def test_recorded_labels_are_those_of_the_test_images(monkeypatch, tmp_path):
+    if not (ROOT / "data" / "cifar10.npz").exists():
+        pytest.skip("CIFAR-10 is not here")
+    assert torch.equal(data.labels("cifar10").long(), data.load("cifar10").test.y)
+
+
+def test_recorded_labels_fit_the_recorded_answers(monkeypatch, tmp_path):
+    for name in ("lab2-gap-0", "lab2-plain-1"):
+        right = (runs.load_answers(name) == data.labels("cifar10")).double().mean()
+        assert float(right) == pytest.approx(runs.load_manifest(name)["test"]["accuracy"])
+    monkeypatch.setenv("REPORTS_DIR", str(tmp_path))
+    with pytest.raises(WorkbookError, match="cifar10-labels.bin is missing; restore it"):
+        data.labels("cifar10")

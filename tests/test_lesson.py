@@ -3,13 +3,15 @@
 import io
 import json
 import re
+import sys
+import types
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from PIL import Image
 
-from common import ROOT, WorkbookError, config, lesson, plots, report, widgets
+from common import ROOT, WorkbookError, config, exercise, lesson, plots, report, runs, widgets
 
 CELL = """scale: str = "quick"  # "quick", "laptop" or "full"
 ratio: float = 0.5
@@ -81,6 +83,12 @@ def test_another_network_may_have_settings_of_its_own(start):
     assert start(scale="laptop").batch_size == start(scale="laptop", model="resnet17").batch_size == 50
     s = start(scale="laptop", model="vgg16")
     assert s.batch_size == 70 and start(scale="laptop", model="vgg16", more={"batch_size": 5}).batch_size == 5
+
+
+def test_grading_takes_quick_and_no_parameter_of_the_student(start, monkeypatch):
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    s = start(scale="laptop", epochs=90, lam=77)
+    assert (s.scale, s.epochs, s.lam) == ("quick", 3, 0.25)
 
 
 def test_the_config_is_that_of_the_settings_with_changes(start):
@@ -284,6 +292,74 @@ def test_nothing_shown_in_two_cells_has_one_name(path):
     calls = [set(re.findall(r"lesson\.(figure|table|say|live)\(\s*\"([^\"]+)", source)) for source in code]
     names = [("figure" if kind == "live" else kind, name) for found in calls for kind, name in found]
     assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
+
+
+def test_what_was_measured_of_a_run_is_kept_by_a_report_alone(start, manifest, places, monkeypatch, capsys):
+    """A key that is kept is not measured again; with `retrain` it is, and nothing but a report keeps it."""
+    path = runs.recorded("one", "run.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest.manifest | dict(recorded={}, name="one")))
+    calls = []
+
+    def find(*arguments):
+        calls.append(arguments)
+        return [len(calls), *arguments]
+
+    start(scale="laptop")
+    assert lesson.measured("one", "sweep", find, 5) == [1, 5] and "measured" not in json.loads(path.read_text())
+    monkeypatch.setenv("WORKBOOK_REPORT", "1")
+    start(scale="quick")
+    assert lesson.measured("one", "sweep", find) == [2] and "measured" not in json.loads(path.read_text())
+    start(scale="laptop")
+    assert lesson.measured("one", "sweep", find) == [3]
+    kept = json.loads(path.read_text())["measured"]["sweep"]
+    assert kept["found"] == [3] and kept["machine"]["threads"] == torch.get_num_threads()
+    monkeypatch.delenv("WORKBOOK_REPORT")
+    start(scale="quick")
+    capsys.readouterr()
+    assert lesson.measured("one", "sweep", find) == [3] and "sweep of one: recorded, on" in capsys.readouterr().out
+    assert lesson.measured("one", "other", find) == [4]
+    start(scale="laptop", retrain=True)
+    assert lesson.measured("one", "sweep", find) == [5] and json.loads(path.read_text())["measured"]["sweep"]["found"] == [3]
+
+
+def written(code):
+    """A function `mine` of a module of its own, as in a notebook."""
+    module = types.ModuleType("written")
+    sys.modules["written"] = module
+    exec(code, module.__dict__)
+    return module.mine
+
+
+@pytest.mark.parametrize(
+    "code",
+    (
+        "from common import slimming\ndef mine(x): return slimming.gap(x)",
+        "from common.slimming import gap as own\ndef mine(x): return own(x)",
+        "import common.slimming\ndef mine(x): return common.slimming.gap(x)",
+        "def mine(x):\n from common import slimming\n return slimming.gap(x)",
+        "from common import slimming\ndef mine(x): return [slimming.gap(y) for y in x]",
+        "from common import slimming\ndef mine(x):\n def inner(): return slimming.gap(x)\n return inner()",
+        "from common.models.resnet import Block\nclass mine:\n def __init__(self): self.inside = Block()",
+    ),
+)
+def test_a_solution_that_calls_the_working_version_is_refused(code):
+    with pytest.raises(AssertionError, match="^mine uses .*, which has the working version; write it yourself$"):
+        exercise.own(written(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    (
+        "import torch\ndef mine(x): return torch.sum(x)",
+        "from common import data\ndef mine(x): return x.data",  # an attribute of the same name
+        "from common import data\ndef mine(data): return data",
+        "def mine(x): return len(undefined)",
+        "class mine:\n width = 3\n def forward(self, x): return abs(x)",
+    ),
+)
+def test_a_solution_of_ones_own_passes(code):
+    exercise.own(written(code))
 
 
 def test_a_slider_redraws_keeps_what_it_drew_and_closes_its_figures():

@@ -150,7 +150,8 @@ def reach(images, **settings):
     return told.lam / (1 - told.momentum) * sum(rates)
 
 
-KNOWN = [history, manifest, measured, swept, seeds, best, macs, params, gammas, reach, mean, min, max, sum, abs, round, len, sorted, next]
+KNOWN = [history, manifest, measured, swept, seeds, best, macs, params, gammas, reach, mean]
+KNOWN += [min, max, sum, abs, round, len, sorted, next]
 KNOWN = {function.__name__: function for function in KNOWN} | dict(paired=None, report=report)
 
 

@@ -24,7 +24,7 @@ from common import ROOT, WorkbookError, augment, evaluate, measure, models, opti
 from common.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from common.data import Images, Loader, Split
 from common.models import build, files
-from common.optim import lr_factor, native_precision
+from common.optim import gamma_rates, lr_factor, native_precision, reach
 from common.train import fit
 
 CONFIG = TrainConfig(epochs=3, batch_size=30, optimizer="muon", lr=0.1, momentum=0.6, augment=("flip", "crop:2"))
@@ -891,3 +891,27 @@ def test_the_commit_is_not_that_of_another_repository(tmp_path, monkeypatch):
     (tmp_path / "unpacked").mkdir()
     monkeypatch.setattr(measure, "ROOT", tmp_path / "unpacked")
     assert measure.commit() == "unknown"
+
+
+@pytest.mark.parametrize("optimizer", ("sgd", "muon"))
+@pytest.mark.parametrize("schedule", ("linear", "cosine", "constant"))
+def test_the_reach_is_how_far_l1_moves_a_gamma_that_nobody_defends(optimizer, schedule, small):
+    """A training by `Learner`'s own optimizer and schedule, whose gradients are those of L1 alone."""
+    told = dict(lr=0.02, lr_other=0.03, lr_gamma=0.5, momentum=0.6, weight_decay=0.0, lam=0.01)
+    told = TrainConfig(epochs=20, batch_size=50, optimizer=optimizer, schedule=schedule, **told)
+    net = models.build("fastnet", depth=3, gammas=True, cfg=[8] * 6)
+    gamma = slimming.gammas(net)[0]
+    machine = optim.make_optimizer(net, told)
+    images = len(small.train)
+    total = -(-images // 50) * 20
+    peaks = [group["lr"] for group in machine.param_groups]
+    for step in range(total):
+        for group, peak in zip(machine.param_groups, peaks):
+            group["lr"] = peak * lr_factor(step, total, 0, schedule)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        slimming.add_subgradient([gamma], told.lam)
+        machine.step()
+    far = reach(told.lam, gamma_rates(told, images), told.momentum)
+    assert len(gamma_rates(told, images)) == total
+    assert float(1 - gamma.mean()) == pytest.approx(far, rel=0.05)

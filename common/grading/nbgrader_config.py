@@ -22,3 +22,6 @@ c.CourseDirectory.autograded_directory = str(course / "autograded")
 c.CourseDirectory.feedback_directory = str(course / "feedback")
 c.CourseDirectory.db_url = f"sqlite:///{course / 'gradebook.db'}"
 c.IncludeHeaderFooter.enabled = False
+c.IgnorePattern.enabled = True  # a warning on stderr costs no points
+c.IgnorePattern.pattern = "."
+c.CourseDirectory.ignore = ["*"]  # notebooks alone: a student's common/ would take ours' place
