@@ -127,16 +127,15 @@ def once(run: str, key: str, find, *arguments, again=False, keep=False):
     `key` names all that the value depends on. `again`: measure it all the same; `keep`: in the
     manifest, with the machine.
     """
-    manifest, path = runs.load_manifest(run), runs.file_of(run, "run.json")
-    kept = manifest.get("measured", {})
+    kept = runs.load_manifest(run).get("measured", {})
     if key in kept and not again:
         where = f"{kept[key]['machine']['cpu']} {kept[key]['machine']['instructions']}"
         print(f"{key} of {run}: recorded, on {where}")
         return kept[key]["found"]
-    found = find(*arguments)
+    found, path = find(*arguments), runs.file_of(run, "run.json")
     if keep and path.is_file():
-        kept[key] = dict(found=found, machine=machine())
-        manifest = runs.read_manifest(path) | dict(measured=kept)
+        manifest = runs.read_manifest(path)  # anew: it may have got others meanwhile
+        manifest.setdefault("measured", {})[key] = dict(found=found, machine=machine())
         write_file(path, json.dumps(manifest, indent=1) + "\n")
     return found
 
