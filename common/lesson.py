@@ -41,7 +41,7 @@ RULES = {  # for parameters of notebooks; those that are fields of TrainConfig k
     **dict.fromkeys(("usual", "compare", "retrain", "train"), switch),
 }
 HOW = {"scale", "storage", "workers", "retrain", "train"}  # these change no number of a scale
-HIDDEN = {"scale", "minutes", "report", "storage"}  # a storage may hold a password
+HIDDEN = {"scale", "minutes", "report", "storage", "here"}  # a storage may hold a password
 now = None  # the lesson that is open
 
 
@@ -63,7 +63,8 @@ def start(lesson: str, namespace: dict) -> Settings:
     """Check a notebook's parameters, show and return its settings: `start("x", globals())`.
 
     Those are the row of the scale in the lab's settings.yaml, then parameters that are not None,
-    then `more`; `report` names the report. Raises WorkbookError for an illegal value, and for a
+    then `more`; `report` names the report; `here`: whether other runs than the recorded ones are
+    asked for. Raises WorkbookError for an illegal value, and for a
     name that papermill injected and the notebook does not have.
     """
     lab, about = find(lesson)
@@ -85,6 +86,7 @@ def start(lesson: str, namespace: dict) -> Settings:
     length = {} if told.get("epochs") else dict(epochs=1, warmup=0)  # some say it by training
     settings.config(**length)  # checked before anything runs
     changed = [key for key in defaults if given[key] != defaults[key] and key not in HOW]
+    settings.here = bool(changed or given.get("retrain") or scale == "full")
     global now
     now = types.SimpleNamespace(title=about["title"], settings=settings, changed=changed)
     now.shown, now.section = {}, ""
@@ -167,6 +169,7 @@ def figure(key: str, ax, alt: str) -> None:
     name("figure", key)
     picture = plots.picture(ax, alt)
     display(picture)
+    display(Markdown(f"*{alt}.*"))
     _keep(("figure", key), picture)
 
 

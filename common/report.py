@@ -174,7 +174,9 @@ def copy_run(folder: Path, manifest: dict) -> None:
     """Write a run's manifest into `folder/runs`, with its history if it was trained here."""
     copy = folder / "runs" / manifest["name"]
     if same_file(manifest, Path(f"{copy}.json")):  # what the recorded one has besides stays
-        manifest = runs.read_manifest(Path(f"{copy}.json")) | manifest
+        kept = runs.read_manifest(Path(f"{copy}.json"))
+        measured = manifest.get("measured", {}) | kept.get("measured", {})
+        manifest = kept | manifest | (dict(measured=measured) if measured else {})
     else:
         Path(f"{copy}.csv").unlink(missing_ok=True)
     write_file(f"{copy}.json", json.dumps(manifest, indent=1) + "\n")

@@ -36,7 +36,7 @@ ATTEMPTS = {
             "(gamma / gamma.abs()).detach()",
             "NaN",
         ),
-        ("the parameter changed", "gamma.grad +=", "gamma.data -=", "expected"),
+        ("the parameter changed", "gamma.grad +=", "gamma.data -=", "gamma itself"),
     ],
     "reach": [
         ("no momentum", "lam / (1 - momentum)", "lam", "momentum adds up"),
@@ -48,7 +48,7 @@ ATTEMPTS = {
             "negative ones die",
             "gamma.copy_(gamma.sign() * shorter)",
             "gamma.copy_((gamma - a).clamp(min=0))",
-            "negative gammas",
+            "its sign must stay",
         ),
         ("only a name", "gamma.copy_(gamma.sign() * shorter)", "gamma = shorter", "another tensor"),
     ],

@@ -153,6 +153,8 @@ def test_a_students_folder_holds_no_solution_and_no_answer(edition):
         for source, _ in graded(path, solution=True, grade=True).values():
             secret += sentences(source)
     assert len(secret) > 80
+    for path in edition.rglob("*.ipynb"):  # numbers of answers and how they are computed stand there
+        assert not [cell for cell in classroom.cells_of(path) if "answer" in cell["metadata"]]
     assert not [line for line in secret if line in told]
 
 

@@ -190,6 +190,16 @@ def test_a_report_keeps_what_was_recorded(places, small):
     assert runs.is_recorded("once") and runs.load_model("once")
 
 
+def test_a_report_keeps_what_was_measured_since_it_began(places, small):
+    run = fit(network(small), small, CONFIG, runs.folder("begun"))
+    report.record("begun", small)
+    begun = runs.load_manifest("begun")
+    shutil.rmtree(run.folder)
+    assert measure.once("begun", "sweep", list, "ab", keep=True) == ["a", "b"]
+    report.write_report(report.recorded_folder(), "one", "One", [], [begun])
+    assert runs.load_manifest("begun")["measured"]["sweep"]["found"] == ["a", "b"]
+
+
 def test_what_is_measured_of_a_record_makes_no_folder(once, small):
     run = runs.load_run("once")
     assert 0 <= report.tested(run, small, tta=1)["accuracy"] <= 1 and "test_tta" not in once.manifest
