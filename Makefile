@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	@echo; sed -n '/^## Results/,/^!/{/^|/p;}' runs/demo/reports/lab2_train_prune_model.md
 	@echo; ls runs/demo/notebooks/*.ipynb runs/demo/reports/*.md
 
-# A stopped chain goes on where it was; in Lab 2 each notebook hands its network to the next.
+# A stopped chain goes on where it was.
 lab1: $(VENV)/installed
 	@$(call run,Lab1,$(LAB1))
 

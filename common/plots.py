@@ -95,7 +95,7 @@ class Live:
             self.handle = display(self.picture, display_id=True)
 
 
-def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1e-6, ax=None):
+def gamma_histogram(values: dict, low: float = 1e-6, ax=None):
     """Distribution of |gamma|, an outline a label; values below `low` count into the first bin."""
     ax = _axes(ax)
     high = max(10 * low, *(2 * float(v.abs().max()) for v in values.values()))
@@ -103,9 +103,6 @@ def gamma_histogram(values: dict, threshold: float | None = None, low: float = 1
     for label, v in values.items():
         counts = torch.histogram(_raised(v, low * 1.001), bins).hist
         ax.stairs(counts / counts.sum(), bins, label=label, fill=len(values) == 1)
-    if threshold is not None:
-        label = f"threshold {threshold:.2g}"
-        ax.axvline(max(threshold, low), color="black", linestyle="--", label=label)
     return _finish(ax, "|gamma|", "share of channels", xscale="log")
 
 
