@@ -124,11 +124,12 @@ def profile(model: nn.Module, repeats: int = 50) -> dict:
 def once(run: str, key: str, find, *arguments, again=False, keep=False):
     """What `find(*arguments)` measures of a run, a JSON value: from its manifest, or now.
 
-    `key` names all that the value depends on. `again`: measure it all the same; `keep`: in the
-    manifest, with the machine.
+    `key` names all that the value depends on. `again`: measure it all the same, but where a run
+    was recorded without weights; `keep`: in the manifest, with the machine.
     """
-    kept = runs.load_manifest(run).get("measured", {})
-    if key in kept and not again:
+    manifest = runs.load_manifest(run)
+    kept, here = manifest.get("measured", {}), runs.file_of(run, "best.pt").is_file()
+    if key in kept and not (again and here):
         where = f"{kept[key]['machine']['cpu']} {kept[key]['machine']['instructions']}"
         print(f"{key} of {run}: recorded, on {where}")
         return kept[key]["found"]

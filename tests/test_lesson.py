@@ -91,6 +91,15 @@ def test_grading_takes_quick_and_no_parameter_of_the_student(start, monkeypatch)
     assert (s.scale, s.epochs, s.lam) == ("quick", 3, 0.25)
 
 
+@pytest.mark.parametrize(
+    "given,here",
+    (({}, False), (dict(scale="laptop"), False), (dict(storage="sqlite:///x"), False), (dict(retrain=True), True))
+    + ((dict(epochs=5), True), (dict(more={"epochs": 5}), True), (dict(scale="full"), True)),
+)
+def test_recorded_runs_are_asked_for_unless_something_is_changed(start, given, here):
+    assert start(**given).here is here
+
+
 def test_the_config_is_that_of_the_settings_with_changes(start):
     s = start(more={"label_smoothing": 0.1})
     wanted = config.TrainConfig(epochs=3, batch_size=50, augment=("flip",), label_smoothing=0.1, lam=0.5)
@@ -320,6 +329,10 @@ def test_what_was_measured_of_a_run_is_kept_by_a_report_alone(start, manifest, p
     assert lesson.measured("one", "sweep", find) == [3] and "sweep of one: recorded, on" in capsys.readouterr().out
     assert lesson.measured("one", "other", find) == [4]
     start(scale="laptop", retrain=True)
+    assert lesson.measured("one", "sweep", find) == [3], "of a run without weights nothing can be measured"
+    weights = runs.recorded("one", "best.pt")
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.touch()
     assert lesson.measured("one", "sweep", find) == [5] and json.loads(path.read_text())["measured"]["sweep"]["found"] == [3]
 
 

@@ -193,8 +193,9 @@ def test_a_report_keeps_what_was_recorded(places, small):
 def test_a_report_keeps_what_was_measured_since_it_began(places, small):
     run = fit(network(small), small, CONFIG, runs.folder("begun"))
     report.record("begun", small)
-    begun = runs.load_manifest("begun")
     shutil.rmtree(run.folder)
+    measure.once("begun", "before", list, "c", keep=True)
+    begun = runs.load_manifest("begun")
     assert measure.once("begun", "sweep", list, "ab", keep=True) == ["a", "b"]
     report.write_report(report.recorded_folder(), "one", "One", [], [begun])
     assert runs.load_manifest("begun")["measured"]["sweep"]["found"] == ["a", "b"]
