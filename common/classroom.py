@@ -59,14 +59,15 @@ def student(lab: str) -> Path:
         raise WorkbookError(f"nbgrader cannot make {lab}: {last_error(done)}")
     target, draft = folder() / "student" / lab, folder() / "student" / f".{lab}.partial"
     shutil.rmtree(draft, ignore_errors=True)
-    ignore = shutil.ignore_patterns(*KEPT_PRIVATE)
+    ignore = shutil.ignore_patterns(*KEPT_PRIVATE, "earlier")
     (draft / lab).mkdir(parents=True)
     for name in filter(lambda name: (ROOT / name).exists(), SHARED + RECORDED):
         copy = partial(shutil.copytree, ignore=ignore) if (ROOT / name).is_dir() else shutil.copy
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, draft / name)
     for path in (ROOT / lab).glob("*.yaml"):
-        shutil.copy(path, draft / lab)
+        if not path.name.startswith(("experiment", "study")):  # they say what came out
+            shutil.copy(path, draft / lab)
     for path in notebooks:
         released = folder() / "release" / lab / path.name
         write_file(draft / lab / path.name, may_fail(released.read_text(encoding="utf-8")))
@@ -102,22 +103,26 @@ def grade(lab: str) -> Path:
     if not handed_in:
         place = folder() / "submitted" / "NAME" / lab
         raise WorkbookError(f"nothing handed in; put each student's notebooks into {place}")
-    nbgrader("generate_assignment", lab, "--force", "--create")
+    done = nbgrader("generate_assignment", lab, "--force", "--create")
+    if done.returncode:
+        raise WorkbookError(f"nbgrader cannot make {lab}: {last_error(done)}")
     problems, limit = {}, f"--ExecutePreprocessor.timeout={LIMIT}"
     for name in handed_in:
         theirs = folder() / "submitted" / name / lab
         told = [trouble(theirs / path.name, path) for path in notebooks]
         problems[name] = "; ".join(filter(None, told))
         forget(lab, name)
-        shutil.rmtree(folder() / "feedback" / name / lab, ignore_errors=True)
+        for old in ("feedback", "autograded"):
+            shutil.rmtree(folder() / old / name / lab, ignore_errors=True)
         if not any((theirs / path.name).exists() for path in notebooks):
             continue
         for path in notebooks:
             if (theirs / path.name).exists():
                 which = (f"--student={name}", f"--notebook={path.stem}")
                 done = nbgrader("autograde", lab, *which, "--force", limit)
-                if done.returncode and not problems[name]:
-                    problems[name] = f"{path.name} cannot be graded: {last_error(done)}"
+                if done.returncode:
+                    told.append(f"{path.name} cannot be graded: {last_error(done)}")
+        problems[name] = "; ".join(filter(None, told))
         nbgrader("generate_feedback", lab, f"--student={name}", "--force")
     grades = folder() / "grades.csv"
     done = nbgrader("export", f"--to={grades}")

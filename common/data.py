@@ -89,9 +89,11 @@ def load(name: str = "cifar10", val: int | None = None, seed: int = 0, folder=No
 def labels(name: str) -> Tensor:
     """Labels (N,), uint8, of the test images that recorded answers belong to; needs no images."""
     path = folder_from("REPORTS_DIR", "reports") / "runs" / f"{name}-labels.bin"
-    if not path.is_file():
-        raise WorkbookError(f"{path} is missing; restore it (git checkout)")
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    spec = SPECS[choose("dataset", name, SPECS)]
+    found = path.read_bytes() if path.is_file() else b""
+    if len(found) != spec.counts[1] * spec.classes or max(found) >= spec.classes:
+        raise WorkbookError(f"{path} is missing or damaged; restore it (git checkout)")
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8)
 
 
 def check_val(val: int | None, spec: Spec) -> int:

@@ -41,7 +41,7 @@ RULES = {  # for parameters of notebooks; those that are fields of TrainConfig k
     **dict.fromkeys(("usual", "compare", "retrain", "train"), switch),
 }
 HOW = {"scale", "storage", "workers", "retrain", "train"}  # these change no number of a scale
-HIDDEN = {"scale", "minutes", "report", "storage", "here"}  # a storage may hold a password
+HIDDEN = {"scale", "minutes", "report", "storage", "here", "given"}  # a storage may hold a password
 now = None  # the lesson that is open
 
 
@@ -63,9 +63,8 @@ def start(lesson: str, namespace: dict) -> Settings:
     """Check a notebook's parameters, show and return its settings: `start("x", globals())`.
 
     Those are the row of the scale in the lab's settings.yaml, then parameters that are not None,
-    then `more`; `report` names the report; `here`: whether other runs than the recorded ones are
-    asked for. Raises WorkbookError for an illegal value, and for a
-    name that papermill injected and the notebook does not have.
+    then `more`; `given`: the parameters; `here`: whether recorded runs will not do.
+    Raises WorkbookError for an illegal value, and for a name that the notebook does not have.
     """
     lab, about = find(lesson)
     defaults = parameters(lab / f"{lesson}.ipynb")
@@ -86,6 +85,7 @@ def start(lesson: str, namespace: dict) -> Settings:
     length = {} if told.get("epochs") else dict(epochs=1, warmup=0)  # some say it by training
     settings.config(**length)  # checked before anything runs
     changed = [key for key in defaults if given[key] != defaults[key] and key not in HOW]
+    settings.given = given
     settings.here = bool(changed or given.get("retrain") or scale == "full")
     global now
     now = types.SimpleNamespace(title=about["title"], settings=settings, changed=changed)
@@ -185,7 +185,7 @@ def measured(run: str, key: str, find, *arguments):
     """What `find(*arguments)` measures of a run, as `measure.once`; kept by `make report` alone."""
     _refuse_closed()
     again = getattr(now.settings, "retrain", False)
-    keep = os.environ.get("WORKBOOK_REPORT") == "1" and now.settings.scale != "quick"
+    keep = folder() == report.recorded_folder()
     return measure.once(run, key, find, *arguments, again=again, keep=keep)
 
 

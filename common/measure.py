@@ -128,11 +128,10 @@ def once(run: str, key: str, find, *arguments, again=False, keep=False):
     was recorded without weights; `keep`: in the manifest, with the machine.
     """
     manifest = runs.load_manifest(run)
-    kept, here = manifest.get("measured", {}), runs.file_of(run, "best.pt").is_file()
-    if key in kept and not (again and here):
-        where = f"{kept[key]['machine']['cpu']} {kept[key]['machine']['instructions']}"
-        print(f"{key} of {run}: recorded, on {where}")
-        return kept[key]["found"]
+    kept, here = manifest.get("measured", {}).get(key), runs.file_of(run, "best.pt").is_file()
+    if kept and not (again and here):
+        print(f"{key} of {run}: recorded, on {kept['machine']['cpu']}")
+        return kept["found"]
     found, path = find(*arguments), runs.file_of(run, "run.json")
     if keep and path.is_file():
         manifest = runs.read_manifest(path)  # anew: it may have got others meanwhile

@@ -99,9 +99,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 def gamma_rates(config, images: int) -> list:
     """The learning rate of the gammas in each step of a training on so many images."""
-    steps = -(-images // config.batch_size) * config.epochs
+    batches = -(-images // config.batch_size)
     peak = config.lr_other if config.optimizer == "muon" else config.lr
-    factors = (lr_factor(t, steps, 0, config.schedule) for t in range(steps))
+    plan = round(config.warmup * batches), config.schedule, config.milestones
+    steps = batches * config.epochs
+    factors = (lr_factor(step, steps, *plan) for step in range(steps))
     return [peak * config.lr_gamma * factor for factor in factors]
 
 

@@ -394,5 +394,9 @@ def test_recorded_labels_fit_the_recorded_answers(monkeypatch, tmp_path):
         right = (runs.load_answers(name) == data.labels("cifar10")).double().mean()
         assert float(right) == pytest.approx(runs.load_manifest(name)["test"]["accuracy"])
     monkeypatch.setenv("REPORTS_DIR", str(tmp_path))
-    with pytest.raises(WorkbookError, match="cifar10-labels.bin is missing; restore it"):
-        data.labels("cifar10")
+    (tmp_path / "runs").mkdir()
+    for content in (None, b"", b"1" * 500, b"\xff" * 10_000):
+        if content is not None:
+            (tmp_path / "runs" / "cifar10-labels.bin").write_bytes(content)
+        with pytest.raises(WorkbookError, match="cifar10-labels.bin is missing or damaged; restore it"):
+            data.labels("cifar10")

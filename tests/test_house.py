@@ -26,7 +26,7 @@ ROWS = (
 )
 LEVEL = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 FILES = sorted((ROOT / "common").rglob("*.py"))
-BYTES = 209_000  # all rooms but models/
+BYTES = 211_000  # all rooms but models/
 
 
 def room_of(path):

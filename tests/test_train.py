@@ -898,16 +898,17 @@ def test_the_commit_is_not_that_of_another_repository(tmp_path, monkeypatch):
 def test_the_reach_is_how_far_l1_moves_a_gamma_that_nobody_defends(optimizer, schedule, small):
     """A training by `Learner`'s own optimizer and schedule, whose gradients are those of L1 alone."""
     told = dict(lr=0.02, lr_other=0.03, lr_gamma=0.5, momentum=0.6, weight_decay=0.0, lam=0.01)
-    told = TrainConfig(epochs=20, batch_size=50, optimizer=optimizer, schedule=schedule, **told)
+    told = TrainConfig(epochs=20, batch_size=45, warmup=2, optimizer=optimizer, schedule=schedule, **told)
     net = models.build("fastnet", depth=3, gammas=True, cfg=[8] * 6)
     gamma = slimming.gammas(net)[0]
     machine = optim.make_optimizer(net, told)
     images = len(small.train)
-    total = -(-images // 50) * 20
+    warmup = round(2 * -(-images // 45))
+    total = -(-images // 45) * 20
     peaks = [group["lr"] for group in machine.param_groups]
     for step in range(total):
         for group, peak in zip(machine.param_groups, peaks):
-            group["lr"] = peak * lr_factor(step, total, 0, schedule)
+            group["lr"] = peak * lr_factor(step, total, warmup, schedule)
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         slimming.add_subgradient([gamma], told.lam)
