@@ -109,20 +109,17 @@ def grade(lab: str) -> Path:
     problems, limit = {}, f"--ExecutePreprocessor.timeout={LIMIT}"
     for name in handed_in:
         theirs = folder() / "submitted" / name / lab
-        told = [trouble(theirs / path.name, path) for path in notebooks]
-        problems[name] = "; ".join(filter(None, told))
+        told = {path: trouble(theirs / path.name, path) for path in notebooks}
         forget(lab, name)
         for old in ("feedback", "autograded"):
             shutil.rmtree(folder() / old / name / lab, ignore_errors=True)
-        if not any((theirs / path.name).exists() for path in notebooks):
-            continue
         for path in notebooks:
             if (theirs / path.name).exists():
                 which = (f"--student={name}", f"--notebook={path.stem}")
                 done = nbgrader("autograde", lab, *which, "--force", limit)
-                if done.returncode:
-                    told.append(f"{path.name} cannot be graded: {last_error(done)}")
-        problems[name] = "; ".join(filter(None, told))
+                if done.returncode and not told[path]:
+                    told[path] = f"{path.name} cannot be graded: {last_error(done)}"
+        problems[name] = "; ".join(filter(None, told.values()))
         nbgrader("generate_feedback", lab, f"--student={name}", "--force")
     grades = folder() / "grades.csv"
     done = nbgrader("export", f"--to={grades}")
@@ -139,7 +136,9 @@ def forget(lab: str, name: str) -> None:
     """An earlier hand-in's points by autograding do not stand for one that cannot be graded."""
     from nbgrader.api import Gradebook, MissingEntry
 
-    book = Gradebook(f"sqlite:///{folder() / 'gradebook.db'}")
+    if not (grades := folder() / "gradebook.db").exists():
+        return
+    book = Gradebook(f"sqlite:///{grades}")
     with book, contextlib.suppress(MissingEntry):
         for notebook in book.find_submission(lab, name).notebooks:
             for each in notebook.grades:

@@ -131,7 +131,7 @@ def grades(home):
 
 def test_each_gets_their_points_and_nobody_costs_others_theirs(grades):
     assert grades["perfect"] == 2, "the answer waits for its mark; the rest stands already"
-    none = {name: points for name, points in grades.items() if name != "perfect"}
+    none = {name: points for name, points in grades.items() if name not in ("perfect", "warns")}
     assert set(none) >= {"loops", "easier", "deleted", "copied"} and not any(none.values())
 
 
@@ -171,6 +171,31 @@ def test_points_of_an_earlier_hand_in_do_not_stand_for_a_broken_one(home, grades
     place.write_text("this is no notebook")
     row = next(line for line in classroom.grade("Toy").read_text().splitlines() if ",perfect," in line)
     assert ",3.0," in row and not list((home / "runs" / "course" / "feedback" / "perfect").rglob("*.html"))
+
+
+def test_every_notebook_that_fails_is_told(home, monkeypatch, capsys):
+    """Two notebooks that cannot be graded, one of them no notebook: both are named."""
+    from types import SimpleNamespace
+
+    monkeypatch.setenv("RUNS_DIR", str(home / "elsewhere"))
+    paths = [home / "Toy" / "toy.ipynb", home / "Toy" / "other.ipynb"]
+    shutil.copy(*paths)
+    monkeypatch.setattr(classroom, "exercises_of", lambda lab: paths)
+    place = home / "elsewhere" / "course" / "submitted" / "anna" / "Toy"
+    place.mkdir(parents=True)
+    shutil.copy(paths[0], place)
+    (place / "other.ipynb").write_text("no notebook")
+
+    def nbgrader(*words):
+        failed = words[0] == "autograde"
+        if words[0] == "export":
+            (home / "elsewhere" / "course" / "grades.csv").touch()
+        return SimpleNamespace(returncode=int(failed), stderr="OSError: the kernel died")
+
+    monkeypatch.setattr(classroom, "nbgrader", nbgrader)
+    classroom.grade("Toy")
+    paths[1].unlink()
+    assert "anna: toy.ipynb cannot be graded: OSError: the kernel died; other.ipynb is no notebook" in capsys.readouterr().out
 
 
 def test_a_warning_costs_no_points_and_a_students_package_is_not_used(grades):
